@@ -1,0 +1,204 @@
+"""The embedded default: a generated language, a policy SFT'd on it, a reward model trained on preferences about it.
+
+    python recipes/toy.py                    prepare it (train.py and launch.sh do so by themselves)
+    python recipes/toy.py --judge runs/latest    what the grammar itself says of a run, before and after
+
+A text is a short review: "the crust was very superb and the sauce was stale ." The grammar knows a text's sentiment: good
+adjectives minus bad ones, "very" counting double. Training never sees that label; it sees pairs in which the better review
+was preferred, through a reward model, and can therefore fool it: a text that the grammar cannot parse has no sentiment.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes import sft, train_rm  # noqa: E402
+from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
+
+PEOPLE = "anna ben carla david emma felix greta hugo ines jonas kim lena max nora omar pia quinn rosa sam tara uma".split()
+PLACES = "rome paris oslo lima cairo delhi tokyo quito".split()
+PARTS = {
+    "pizza": "crust sauce cheese topping", "hotel": "room bed view breakfast", "film": "plot cast music ending",
+    "phone": "screen battery camera speaker", "train": "seat window service staff", "garden": "lawn pond path hedge",
+    "book": "story style cover chapter", "cafe": "coffee cake chair terrace", "museum": "hall guide light map",
+    "concert": "singer band sound stage",
+}  # fmt: skip
+GOOD = "superb lovely bright fresh great charming".split()
+BAD = "awful stale dull broken poor noisy".split()
+PLAIN = "plain usual ordinary average".split()
+MOODS = {**dict.fromkeys(GOOD, 1), **dict.fromkeys(BAD, -1), **dict.fromkeys(PLAIN, 0)}
+CLAUSE = rf"the ({'|'.join(' '.join(PARTS.values()).split())}) was (very )?({'|'.join(MOODS)})"
+MAX_CLAUSES = 3
+MAX_NEW_TOKENS = 24
+
+
+def make_prompt(rng: random.Random) -> tuple[str, str]:
+    """A prompt and the thing that it is about."""
+    thing = rng.choice(list(PARTS))
+    return f"{rng.choice(PEOPLE)} on the {thing} in {rng.choice(PLACES)} :", thing
+
+
+def make_review(rng: random.Random, thing: str) -> str:
+    """A review of one to three different parts of the thing."""
+    clauses = []
+    for part in rng.sample(PARTS[thing].split(), rng.randint(1, MAX_CLAUSES)):
+        mood = rng.choices((GOOD, PLAIN, BAD), (0.25, 0.35, 0.4))[0]
+        very = "very " if mood is not PLAIN and rng.random() < 0.25 else ""
+        clauses.append(f"the {part} was {very}{rng.choice(mood)}")
+    return "".join(f"{c} {rng.choice(('and', 'but'))} " for c in clauses[:-1]) + f"{clauses[-1]} ."
+
+
+def sentiment(review: str) -> int | None:
+    """The grammar's own label: good minus bad adjectives, "very" counting double; None for a text outside the grammar."""
+    if not re.fullmatch(rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.", review.strip()):
+        return None
+    clauses = re.findall(CLAUSE, review)
+    if len({part for part, _, _ in clauses}) < len(clauses):
+        return None
+    return sum((2 if very else 1) * MOODS[mood] for _, very, mood in clauses)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    text = f"{' '.join(PEOPLE + PLACES + list(PARTS) + list(PARTS.values()) + list(MOODS))} on the in : was very and but ."
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *text.split()]))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=128
+    )
+
+
+def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
+    """A LLaMA of 0.1M parameters."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, **extra,
+    )  # fmt: skip
+
+
+def prepare() -> Path:
+    """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
+    sources = [Path(__file__), Path(sft.__file__), Path(train_rm.__file__)]
+    stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
+    folder = ROOT / "cache" / f"toy-{stamp}"
+    if not folder.is_dir():
+        start = time.monotonic()
+        print("preparing the toy: a language, a policy, a reward model (once) ...", flush=True)
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        summary = build(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+        print(f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}", flush=True)
+    return folder
+
+
+def build(folder: Path) -> str:
+    """Make the toy in an empty folder; return one line about it."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = make_tokenizer()
+    end = [tokenizer.eos_token_id]
+
+    def review_ids(thing: str) -> tuple[list[int], int]:
+        text = make_review(rng, thing)
+        return tokenizer(text, add_special_tokens=False)["input_ids"] + end, sentiment(text) or 0
+
+    def preference() -> train_rm.Pair:
+        prompt, thing = make_prompt(rng)
+        (a, a_mood), (b, b_mood) = review_ids(thing), review_ids(thing)
+        ids = tokenizer(prompt)["input_ids"]
+        return (ids + a, ids + b) if a_mood > b_mood else (ids + b, ids + a) if a_mood < b_mood else preference()
+
+    things = [make_prompt(rng) for _ in range(4000)]
+    examples = [(tokenizer(prompt)["input_ids"], review_ids(thing)[0]) for prompt, thing in things]
+    policy = LlamaForCausalLM(make_config(tokenizer))
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    loss = sft.train_sft(policy, examples, steps=300, batch_size=64, lr=3e-3, pad_id=tokenizer.pad_token_id, seed=1)
+
+    pairs = [preference() for _ in range(4000)]
+    reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
+    train_rm.train_reward_model(reward_model, pairs[:3600], steps=200, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2)
+    accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], tokenizer.pad_token_id)
+    ids = [p for p, _ in examples[:256]]
+    responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)
+    train_rm.standardise(reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], tokenizer.pad_token_id)
+
+    for model, name in ((policy, "policy"), (reward_model, "reward_model")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in (make_prompt(rng) for _ in range(100_000))))
+    for name, part in (("validation", prompts[:64]), ("train", prompts[64:1664])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in part))
+    return f"SFT loss {loss:.2f} nats a token, reward model right on {accuracy:.0%} of 400 held-out pairs"
+
+
+def sample_ids(model: nn.Module, tokenizer: Any, prompts: list[Any], seed: int) -> list[list[int]]:
+    """One response each, as token ids."""
+    how = Sampling(MAX_NEW_TOKENS, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
+    seeds = [row_seed(seed, 0, i, 0) for i in range(len(prompts))]
+    out = sample(model, prompts, seeds, how)
+    return [row[mask].tolist() for row, mask in zip(out.response, out.mask, strict=True)]
+
+
+def judge(name: str, policy: Path, tokenizer: Any) -> str:
+    """What the grammar says of 256 fresh samples of a policy."""
+    rng = random.Random(7)
+    model = LlamaForCausalLM.from_pretrained(policy)
+    prompts = [tokenizer(make_prompt(rng)[0])["input_ids"] for _ in range(256)]
+    responses = sample_ids(model.eval(), tokenizer, prompts, seed=8)
+    reviews = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+    labels = [sentiment(r) for r in reviews]
+    positive = sum(s is not None and s > 0 for s in labels) / len(labels)
+    grammatical = sum(s is not None for s in labels) / len(labels)
+    return f"{name:>8} {positive:9.2f} {grammatical:12.2f}   {reviews[0]}"
+
+
+def main() -> None:
+    """Prepare the toy, or judge a run on it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", metavar="RUN", help="run folder whose last checkpoint is judged by the grammar")
+    run = parser.parse_args().judge
+    transformers.utils.logging.disable_progress_bar()
+    folder = prepare()
+    if run is None:
+        print(folder)
+        return
+    checkpoints = sorted(Path(run).glob("checkpoints/step-*"))
+    if not checkpoints:
+        sys.exit(f"recipes/toy.py: --judge {run}: no checkpoints there")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
+    print("the grammar's own label of 256 fresh samples:")
+    print(f"{'':>8} {'positive':>9} {'grammatical':>12}   a sample")
+    print(judge("before", folder / "policy", tokenizer))
+    print(judge("after", checkpoints[-1], tokenizer))
+
+
+if __name__ == "__main__":
+    main()

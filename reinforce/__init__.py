@@ -1,0 +1,15 @@
+"""REINFORCE for language models, one concept a file.
+
+Notation, the same in every file:
+
+    P  prompts of a step            K  responses per prompt        B = P*K rows; row b belongs to prompt b // K
+    S  prompt length, tokens        T  response length, tokens     V  vocabulary size
+
+    logp      (B, T)  log pi(token) of response tokens under the distribution that is sampled, softmax(logits / temperature)
+    ref_logp  (B, T)  the same tokens under the frozen initial policy, same temperature, same masked tokens
+    mask      (B, T)  True on response tokens, the end token included; made from lengths, never from token ids
+    reward    (P, K)  what the reward model says               objective (P, K)  R = reward - beta * KL
+    advantage (P, K)  A = R - baseline(R)
+
+Imports point one way: maths (torch alone) <- files that touch a model <- input and output <- scripts.
+"""

@@ -1,0 +1,200 @@
+"""A frozen dataclass becomes the command line: one field a flag, with its group, unit and default in --help."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from reinforce.errors import ConfigError
+
+BASELINES = ("none", "ema", "rloo", "remax", "group-mean", "grpo")
+TOY = "the toy"
+C = TypeVar("C")
+
+
+def flag(default: Any, group: str, help: str, **how: Any) -> Any:
+    """A dataclass field that knows its help text; `how` goes to argparse (choices, nargs, type)."""
+    return field(default=default, metadata={"group": group, "help": help, **how})
+
+
+def baseline_name(text: str) -> str:
+    """Our spelling, or the seed's: RLOO, ReMax, none."""
+    return text.lower()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every flag of train.py. Batch flags are responses per rank and forward pass, except where they say otherwise."""
+
+    policy: str | None = flag(None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id")
+    train_data: str | None = flag(None, "model and data", 'prompts, jsonl: {"prompt"}, {"text"} or {"messages"} a line')
+    val_data: str | None = flag(None, "model and data", "prompts of validation, likewise (default with own data: no validation)")
+    max_prompt_length: int = flag(1024, "model and data", "drop longer prompts, tokens")
+    skip_bad_lines: bool = flag(False, "model and data", "leave out malformed prompt lines and count them, instead of refusing")
+
+    rm_host: str | None = flag(None, "reward server", "host of serve_rm.py")
+    rm_port: int | None = flag(None, "reward server", "its port")
+    rm_wait: float = flag(0.0, "reward server", "seconds to wait for it at the start; 0: one try")
+    rm_format: str = flag("auto", "reward server", "what it is sent: messages for message prompts, else text; query: always text",
+                          choices=("auto", "query"))  # fmt: skip
+    rm_fingerprint: str | None = flag(None, "reward server", "sha256 that its /info must show (default: trust the first answer)")
+
+    baseline: str = flag("rloo", "objective", "what is subtracted from the objective", type=baseline_name, choices=BASELINES)
+    initial_policy_kl_penalty: float = flag(0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded")
+    ema_decay: float = flag(0.9, "objective", "share of the ema baseline that one step keeps")
+
+    num_rollout_samples: int = flag(16, "batch sizes", "P, prompts per step over all ranks")
+    num_rollouts_per_prompt: int = flag(4, "batch sizes", "K, responses per prompt")
+    micro_batch_size: int = flag(32, "batch sizes", "rows of one forward and backward pass")
+    micro_batch_tokens: int = flag(16384, "batch sizes", "and its tokens at most, padding included")
+    rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together, rounded down to whole groups")
+    forward_micro_batch_size: int = flag(64, "batch sizes", "rows of one reference pass")
+    val_rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together in validation")
+
+    temperature: float = flag(1.0, "sampling", "of training; the policy that is trained is softmax(logits / temperature)")
+    max_new_tokens: int = flag(24, "sampling", "response length at most, tokens")
+    min_new_tokens: int = flag(0, "sampling", "no end token before so many tokens")
+    end_strings: tuple[str, ...] = flag((), "sampling", "texts that end a response, beside the end tokens", nargs="+")
+    top_k: int = flag(0, "sampling", "refused: truncated sampling trains another policy than the one scored")
+    top_p: float = flag(1.0, "sampling", "refused, likewise")
+    val_temperature: float = flag(1.0, "sampling", "of validation")
+    val_top_k: int = flag(0, "sampling", "of validation: likeliest tokens kept; 0: all")
+    val_top_p: float = flag(1.0, "sampling", "of validation: probability mass kept")
+    val_greedy: bool = flag(False, "sampling", "validation takes the likeliest token")
+
+    lr: float = flag(1e-3, "optimizer", "peak learning rate of AdamW")
+    min_lr: float | None = flag(None, "optimizer", "final learning rate (default: --lr, a constant rate)")
+    warmup_steps: int = flag(0, "optimizer", "steps of linear warm-up")
+    constant_steps: int = flag(0, "optimizer", "last steps at --min-lr, after the cosine")
+    weight_decay: float = flag(0.0, "optimizer", "AdamW's, on matrices")
+    adam_betas: tuple[float, ...] = flag((0.9, 0.95), "optimizer", "AdamW's two decay rates", nargs=2, type=float)
+    max_grad_norm: float = flag(1.0, "optimizer", "clip the gradient to this length; 0: never")
+
+    max_epochs: int | None = flag(1, "run", "times through the prompts")
+    max_steps: int | None = flag(None, "run", "steps at most (default: as the epochs give)")
+    val_check_interval: int = flag(25, "run", "steps between validations; one comes before the first step, one at the end")
+    save_interval: int | None = flag(None, "run", "steps between checkpoints (default: --val-check-interval)")
+    save_top_k: int = flag(1, "run", "checkpoints kept beside the last one: those of the best validation reward")
+    log_dir: str | None = flag(None, "run", "run folder (default: a new runs/NAME-TIME, and runs/latest points to it)")
+    seed: int = flag(0, "run", "of the prompt order and of every draw")
+
+    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "hardware", "bf16: bfloat16 matrix products over float32 weights; auto: where it is fast",
+                          choices=("auto", "fp32", "bf16"))  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        positive = ("num_rollout_samples", "num_rollouts_per_prompt", "micro_batch_size", "micro_batch_tokens",
+                    "rollout_micro_batch_size", "forward_micro_batch_size", "val_rollout_micro_batch_size", "max_new_tokens",
+                    "max_prompt_length", "temperature", "val_temperature", "lr", "max_epochs", "max_steps",
+                    "val_check_interval", "save_interval")  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
+        for name in ("initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
+                     "max_grad_norm", "val_top_k", "min_lr", "save_top_k"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
+        if self.baseline in ("rloo", "group-mean", "grpo") and self.num_rollouts_per_prompt < 2:
+            k = self.num_rollouts_per_prompt
+            raise ConfigError(f"--baseline {self.baseline} compares responses of one prompt: --num-rollouts-per-prompt is {k}, "
+                              "give 2 or more, or take --baseline remax")  # fmt: skip
+        if self.top_k or self.top_p != 1.0:
+            raise ConfigError("--top-k and --top-p would sample from another policy than the one that is scored and trained; "
+                              "drop them (--val-top-k and --val-top-p are allowed)")  # fmt: skip
+        if self.min_new_tokens >= self.max_new_tokens:
+            raise ConfigError(f"--min-new-tokens {self.min_new_tokens} leaves no room below --max-new-tokens {self.max_new_tokens}")
+        if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
+            raise ConfigError(f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
+                              f"--num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more")  # fmt: skip
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be in [0, 1)")
+        if not 0 < self.val_top_p <= 1:
+            raise ConfigError(f"--val-top-p is {self.val_top_p}; it must be in (0, 1]")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"--adam-betas are {self.adam_betas}; each must be in [0, 1)")
+        if (self.rm_host is None) != (self.rm_port is None):
+            raise ConfigError("--rm-host and --rm-port come together")
+        if "" in self.end_strings:
+            raise ConfigError("--end-strings: an empty string would end every response at once")
+        own = {"--policy": self.policy, "--train-data": self.train_data, "--rm-host/--rm-port": self.rm_host}
+        missing = [name for name, value in own.items() if value is None]
+        if 0 < len(missing) < len(own):
+            given = ", ".join(name for name in own if name not in missing)
+            raise ConfigError(f"{given} without {' and '.join(missing)}: policy, prompts and reward come as a set "
+                              "(none of them: the toy)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Every flag of serve_rm.py."""
+
+    reward_model: str | None = flag(None, "reward", "sequence classifier with one label: folder or hub id (default: the toy's)")
+    reward_fn: str | None = flag(None, "reward", "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)")
+    reward_mean: float | None = flag(None, "reward", "subtracted from the score (default: as stored with the model, else 0)")
+    reward_std: float | None = flag(None, "reward", "the score is then divided by it (default: as stored with the model, else 1)")
+    reward_clip: float | None = flag(None, "reward", "clip the reward to +- this")
+    max_length: int | None = flag(None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)")
+    inference_micro_batch_size: int = flag(32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise")
+
+    host: str = flag("127.0.0.1", "server", "address to listen on; any but loopback needs RM_TOKEN or RM_TOKEN_FILE")
+    port: int = flag(0, "server", "port; 0: any free one")
+    ready_file: str | None = flag(None, "server", "write host and port there once warm")
+    exit_with_parent: bool = flag(False, "server", "end when the process that started it has ended")
+
+    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16"))
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        if self.reward_model is not None and self.reward_fn is not None:
+            raise ConfigError("--reward-model and --reward-fn: give one of them")
+        for name in ("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
+
+
+def spelled(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as a ConfigError, instead of a page of usage."""
+        raise ConfigError(f"{message} (--help lists every flag)")
+
+
+def parse(config: type[C], description: str, argv: Sequence[str] | None = None) -> C:
+    """The dataclass, filled from a command line (sys.argv by default) and checked. Raises ConfigError; --help exits."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, Any] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        how = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
+        if f.metadata["group"] not in groups:
+            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
+        group = groups[f.metadata["group"]]
+        text = f.metadata["help"].replace("%", "%%")
+        if isinstance(f.default, bool):
+            group.add_argument(spelled(f.name), action="store_true", help=text)
+            continue
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        if shown not in (None, ""):
+            text += f" (default: {shown})"
+        how.setdefault("type", _number(str(f.type)))
+        how.setdefault("metavar", None if "choices" in how else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"))
+        group.add_argument(spelled(f.name), default=f.default, help=text, **how)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    parsed = config(**values)
+    parsed.check()  # type: ignore[attr-defined]
+    return parsed
+
+
+def _number(annotation: str) -> type:
+    return int if "int" in annotation else float if "float" in annotation else str

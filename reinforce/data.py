@@ -1,0 +1,162 @@
+"""Prompts in: a jsonl file or a hub data set, checked line by line, and the order they are taken in.
+
+One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the seed's key) or `{"messages": [{"role", "content"}, ...]}`,
+with an optional "label" for the reward. Which prompts belong to step n is a function of (seed, n): a permutation per epoch,
+each prompt once, the last step of an epoch taking those that remain.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforce.errors import ConfigError
+from reinforce.sampler import row_seed
+
+KEYS = ("prompt", "text", "messages")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: the text that the policy reads (rendered, if it came as messages), its token ids, and what came with it."""
+
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    messages: list[dict[str, str]] | None = None
+    label: Any = None
+
+
+class BadLineError(ValueError):
+    """One line of a prompt file that cannot be used."""
+
+
+def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise BadLineError("the same key twice")
+    return dict(pairs)
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One line of jsonl as a prompt record. Raises BadLineError with the reason."""
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise BadLineError("a byte order mark; save the file as UTF-8 without one")
+    if line.endswith((b"\r", b"\r\n")):
+        raise BadLineError(r"a line that ends in \r\n; save the file with \n line ends")
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicate_keys)
+    except BadLineError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadLineError(f"not JSON ({error})") from error
+    return check_record(record)
+
+
+def check_record(record: Any) -> dict[str, Any]:
+    """The record itself, if it is a prompt. Raises BadLineError with the reason."""
+    if not isinstance(record, dict) or sum(key in record for key in KEYS) != 1:
+        raise BadLineError('not an object with exactly one of "prompt", "text", "messages"')
+    key = next(key for key in KEYS if key in record)
+    value = record[key]
+    if key == "messages":
+        shaped = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )  # fmt: skip
+        if not shaped or value[-1]["role"] == "assistant":
+            raise BadLineError('"messages" must be a list of {"role", "content"} strings that the assistant answers')
+    elif not isinstance(value, str) or not value.strip():
+        raise BadLineError(f'"{key}" must be a string that is not empty')
+    return record
+
+
+def read_records(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """Prompt records of a jsonl file (or .gz) or a hub data set's train split, and how many bad ones were skipped.
+
+    Raises ConfigError naming file and line.
+    """
+    records, bad = [], 0
+    for where, read in _items(source, flag):
+        try:
+            records.append(read())
+        except BadLineError as error:
+            if not skip_bad_lines:
+                raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
+            bad += 1
+    if not records:
+        raise ConfigError(f"{flag} {source}: no prompts in it")
+    return records, bad
+
+
+def _items(source: str, flag: str) -> Iterator[tuple[str, Any]]:
+    """(place, function that returns a checked record) of every line or row."""
+    path = Path(source)
+    if path.is_file():
+        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+        with opened as lines:
+            for number, line in enumerate(lines, 1):
+                yield f"{source}:{number}", lambda line=line: parse_line(line.removesuffix(b"\n"))
+    elif source.endswith((".jsonl", ".json", ".gz")) or source.startswith((".", "/", "~")) or path.is_dir():
+        raise ConfigError(f"{flag} {source}: no such file")
+    else:
+        from datasets import load_dataset
+
+        print(f"{flag} {source}: no such file here, asking the Hugging Face hub ...", flush=True)
+        try:
+            rows = load_dataset(source, split="train")
+        except Exception as error:
+            raise ConfigError(f"{flag} {source}: neither a file here nor a data set on the hub") from error
+        for number, row in enumerate(rows, 1):
+            record = {key: value for key, value in row.items() if key in (*KEYS, "label") and value is not None}
+            yield f"{source} row {number}", lambda record=record: check_record(record)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text to be continued: one begin token if the tokenizer uses one, no end token of its own adding.
+
+    A text that already starts with the begin token gets no second one.
+    """
+    own_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not own_begin)["input_ids"]
+    adds_end = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
+
+
+def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, flag: str) -> tuple[list[Prompt], int]:
+    """Prompts of at most max_length tokens, and how many longer ones were dropped. Raises ConfigError."""
+    prompts, dropped = [], 0
+    for index, record in enumerate(records):
+        messages = record.get("messages")
+        if messages is not None and not tokenizer.chat_template:
+            raise ConfigError(f'{flag} has "messages", but the tokenizer of --policy has no chat template; use "prompt"')
+        if messages is None:
+            text = record["prompt"] if "prompt" in record else record["text"]
+        else:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tuple(encode(tokenizer, text) if messages is None else tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) > max_length:
+            dropped += 1
+        else:
+            prompts.append(Prompt(index, text, ids, messages, record.get("label")))
+    if not prompts:
+        raise ConfigError(f"{flag}: every prompt is longer than --max-prompt-length {max_length} tokens")
+    return prompts, dropped
+
+
+def steps_per_epoch(prompts: int, per_step: int) -> int:
+    """Steps that take each prompt once; the last may be short."""
+    return -(-prompts // per_step)
+
+
+def step_prompts(prompts: int, per_step: int, seed: int, step: int) -> list[int]:
+    """Positions of the prompts of a step: a slice of that epoch's permutation.
+
+    >>> sorted(step_prompts(5, 2, 0, 0) + step_prompts(5, 2, 0, 1) + step_prompts(5, 2, 0, 2))
+    [0, 1, 2, 3, 4]
+    """
+    epoch, place = divmod(step, steps_per_epoch(prompts, per_step))
+    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(row_seed(seed, epoch, -1, -1)))
+    return order[place * per_step : (place + 1) * per_step].tolist()

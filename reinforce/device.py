@@ -1,0 +1,42 @@
+"""Where to compute, and in which precision.
+
+bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and softmax in float32.
+"""
+
+from typing import Any
+
+import torch
+
+from reinforce.errors import ConfigError
+
+SMALL = 10_000_000  # parameters; below this bf16 gains nothing
+
+
+def pick(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process. Raises ConfigError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"--device: rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} here)")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the processor has bfloat16 matrix instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
+    """What --precision means for a model of so many parameters."""
+    return precision == "bf16" or (precision == "auto" and parameters > SMALL and bf16_is_fast(device))
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """The context of every forward pass; without bf16 it does nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

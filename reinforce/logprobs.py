@@ -1,0 +1,78 @@
+"""log pi of given responses: response positions only, in float32, a chunk of positions at a time.
+
+Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update. Here the base model gives
+hidden states, and the output head runs on the real response tokens alone, in chunks whose logits are recomputed in the
+backward pass. That is exact where logits = head(hidden states); `head_is_plain` finds out, and other models (Gemma-2 caps its
+logits, Cohere and Granite scale them) take their own forward pass.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
+
+
+def policy_logits(logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor, min_new_tokens: int) -> Tensor:
+    """Logits of the policy that is sampled, float32 (n, V): scaled by 1 / temperature, end tokens barred while t < min.
+
+    `t` (n,) is each row's response position. The sampler, the scorer and the reference all come through here: two of them
+    with different temperatures or masks would be two different policies, and every ratio between them wrong.
+    """
+    logits = logits.float() / temperature
+    if min_new_tokens:
+        barred = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, end_ids, True)  # (n, V)
+        logits = logits.masked_fill(barred & (t < min_new_tokens)[:, None], -torch.inf)
+    return logits
+
+
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the logits of this causal language model are its output head applied to the base model's last hidden state."""
+    hf = cast(Any, model)
+    ids = torch.arange(4, device=next(model.parameters()).device)[None]  # (1, 4)
+    with torch.no_grad():
+        logits = hf(input_ids=ids, use_cache=False).logits
+        hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = hf.get_output_embeddings()
+        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(head(hidden), logits, atol=1e-5)
+
+
+class Scorer(nn.Module):
+    """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
+
+    def __init__(self, model: nn.Module, temperature: float, end_ids: tuple[int, ...], min_new_tokens: int) -> None:
+        """The three numbers are the sampler's; `model` is a Hugging Face causal language model."""
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.min_new_tokens = min_new_tokens
+        self.plain = head_is_plain(model)
+        self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
+
+    def forward(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+        """prompt, prompt_mask (B, S) padded left, response, mask (B, T) padded right -> logp (B, T), 0 outside the mask.
+
+        Token t of the response is predicted at column S - 1 + t, one before its own.
+        """
+        hf, s = cast(Any, self.model), prompt.shape[1]
+        ids = torch.cat([prompt, response], 1)  # (B, S + T)
+        seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
+        place = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
+        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": place, "use_cache": False}
+        if self.plain:
+            states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][mask]  # (n, H), n response tokens
+            head = hf.get_output_embeddings()
+        else:
+            states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][mask]  # (n, V)
+            head = nn.Identity()
+        t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
+        rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
+        chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
+        parts = [checkpoint(self._token_logp, head, *chunk, use_reentrant=False) for chunk in chunks]
+        return states.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))
+
+    def _token_logp(self, head: nn.Module, states: Tensor, token: Tensor, t: Tensor) -> Tensor:
+        logits = policy_logits(head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens)
+        return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]  # (n,)

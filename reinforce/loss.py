@@ -1,0 +1,81 @@
+"""The surrogate: a scalar whose gradient is the REINFORCE estimate.
+
+    loss = -(1/N) sum_b A_b sum_t w_bt logp_bt            grad loss = -(1/N) sum_b A_b grad log pi(y_b)
+
+Its value measures nothing; only its gradient is used. N is one number for the whole optimizer step: all ranks, all
+micro-batches. Dividing by a micro-batch's own count instead gives tokens of short micro-batches more weight.
+See "Policy Gradient Methods for Reinforcement Learning with Function Approximation", Sutton et al. (1999).
+"""
+
+import torch
+from torch import Tensor
+
+
+def _check(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> None:
+    if logp.ndim != 2 or weight.shape != logp.shape or advantage.shape != logp.shape[:1]:
+        shapes = f"logp {tuple(logp.shape)}, advantage {tuple(advantage.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"expected logp (B, T), advantage (B,), weight (B, T); got {shapes}")
+    if not divisor > 0:
+        raise ValueError(f"divisor must be positive, got {divisor}: a step without valid rows has no loss")
+
+
+def _weighted(per_token: Tensor, advantage_sign: Tensor, weight: Tensor, divisor: float) -> Tensor:
+    """-sum_b sum_t advantage_sign * weight * per_token / divisor; tokens of weight 0 are never read, inf and NaN included."""
+    per_token = per_token.masked_fill(weight == 0, 0.0)  # (B, T)
+    return -(advantage_sign * (weight * per_token).sum(1)).sum() / divisor
+
+
+def reinforce_loss(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> Tensor:
+    """-sum_b A_b sum_t weight * logp / divisor. logp (B, T), advantage (B,), weight (B, T) bool or float -> scalar.
+
+    >>> reinforce_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([0.5]), torch.tensor([[True, False]]), divisor=2)
+    tensor(0.2500)
+    """
+    _check(logp, advantage, weight, divisor)
+    return _weighted(logp, advantage, weight, divisor)
+
+
+def clipped_loss(
+    logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float
+) -> Tensor:
+    """Several optimizer steps from one rollout: -sum_b sum_t weight * min(rho A, clip(rho, 1 +- clip) A) / divisor.
+
+    rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s; away from it, biased.
+    See "Proximal Policy Optimization Algorithms", Schulman et al. (2017, arXiv 1707.06347).
+
+    >>> logp = torch.tensor([[-1.0]])
+    >>> clipped_loss(logp, logp - 1, torch.tensor([1.0]), torch.tensor([[True]]), divisor=1, clip=0.2)
+    tensor(-1.2000)
+    """
+    _check(logp, advantage, weight, divisor)
+    if logp_old.shape != logp.shape:
+        raise ValueError(f"logp_old {tuple(logp_old.shape)} and logp {tuple(logp.shape)} differ in shape")
+    d = (logp - logp_old.detach()).masked_fill(weight == 0, 0.0)  # (B, T)
+    ratio = d.exp()  # (B, T)
+    gain = advantage[:, None] * ratio  # (B, T)
+    clipped = advantage[:, None] * ratio.clamp(1 - clip, 1 + clip)  # (B, T)
+    return _weighted(torch.minimum(gain, clipped), torch.ones_like(advantage), weight, divisor)
+
+
+def token_weights(mask: Tensor, norm: str) -> Tensor:
+    """The w of the formula, (B, T): the mask itself, or for norm "length" mask / own length (biased: the seed's).
+
+    >>> token_weights(torch.tensor([[True, True, False]]), "length")
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    if norm not in ("sequence", "token", "length"):
+        raise ValueError(f"loss norm must be sequence, token or length, got {norm!r}")
+    weight = mask.to(torch.get_default_dtype())  # (B, T)
+    return weight / weight.sum(1, keepdim=True).clamp(min=1) if norm == "length" else weight
+
+
+def normaliser(length: Tensor, valid: Tensor, norm: str) -> int:
+    """The N of the formula over all rows of an optimizer step: length and valid of any one shape.
+
+    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the unbiased default; "token"
+    scales a step by its own number of tokens, so it favours short batches; all three change what a learning rate means.
+
+    >>> normaliser(torch.tensor([3, 5]), torch.tensor([True, False]), "token")
+    3
+    """
+    return int((length * valid).sum() if norm == "token" else valid.sum())

@@ -1,0 +1,118 @@
+"""What a person looks at: metrics.jsonl, rollouts.jsonl, TensorBoard, one line or bar a step, curves.png.
+
+All numbers are means over all rows, or tokens, of all ranks. KL is per response, in nats, as in the objective; entropy is the
+mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose objectives are all
+equal, which teach group baselines nothing; logprob_gap is the mean over responses of sum_t (sampler's - scorer's logp).
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from reinforce.group import Group
+
+SHOWN = ("reward", "kl", "response_length", "tokens_per_s")
+
+
+def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, Any]:
+    """Metrics of one step's groups, of all ranks; advantage (P*K,)."""
+    rows = [row for g in groups for row in zip(g.reward, g.objective, g.length, g.finished, g.logp, strict=True)]
+    reward, objective, length, finished, logp = (list(column) for column in zip(*rows, strict=True))
+    kl = [value for g in groups for value in g.kl or []]
+    return {
+        "reward": statistics.fmean(reward),
+        "reward_std": statistics.stdev(reward) if len(reward) > 1 else 0.0,
+        "kl": statistics.fmean(kl) if kl else None,
+        "objective": statistics.fmean(objective),
+        "advantage_std": statistics.stdev(advantage) if len(advantage) > 1 else 0.0,
+        "entropy": -math.fsum(logp) / sum(length),
+        "response_length": statistics.fmean(length),
+        "finished": statistics.fmean(finished),
+        "zero_signal": statistics.fmean(max(g.objective) == min(g.objective) for g in groups),
+    }
+
+
+class Recorder:
+    """The files of a run folder and the progress on screen. Only rank 0 has one."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        """`total` steps are to come."""
+        self.folder = folder
+        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._bar = tqdm(total=total, desc="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._total = total
+
+    def log(self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]) -> None:
+        """One step."""
+        step = metrics["step"]
+        self._metrics.write(json.dumps(metrics) + "\n")
+        k = len(groups[0].reward)
+        for i, group in enumerate(groups):
+            record = {"step": step, **asdict(group), "advantage": list(advantage[i * k : (i + 1) * k])}
+            self._rollouts.write(json.dumps(record) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+        shown = {name: format(metrics[name], ".0f" if name == "tokens_per_s" else ".2f") for name in SHOWN
+                 if metrics[name] is not None}  # fmt: skip
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        else:
+            fields = "  ".join(f"{name} {value:>7}" for name, value in shown.items())
+            print(f"step {step:>{len(str(self._total))}}/{self._total}  {fields}", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of text that does not tear the progress bar."""
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush everything and draw the curves."""
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        self._rollouts.close()
+        self._board.close()
+        draw_curves(self.folder)
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png from metrics.jsonl: reward, KL, reward against KL, length, entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not lines:
+        return
+    panels = [("step", "reward"), ("step", "kl"), ("kl", "reward"), ("step", "response_length"), ("step", "entropy")]
+    units = {"step": "step", "reward": "reward", "kl": "KL to the initial policy, nats", "response_length": "tokens",
+             "entropy": "nats per token"}  # fmt: skip
+    titles = {"reward": "mean reward", "kl": "KL", "response_length": "response length", "entropy": "entropy"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
+    for axis, (x, y) in zip(axes, panels, strict=True):
+        points = [(line[x], line[y]) for line in lines if line[x] is not None and line[y] is not None]
+        if points:
+            along = x == "step"
+            axis.plot(*zip(*points, strict=True), "-" if along else ".", color="tab:blue", markersize=4, label="training")
+        if y == "reward" and x == "step":
+            measured = [(line["step"], line["val_reward"]) for line in lines if "val_reward" in line]
+            if measured:
+                axis.plot(*zip(*measured, strict=True), "o--", color="tab:orange", label="validation")
+                axis.legend()
+        axis.set(xlabel=units[x], ylabel=units[y], title=titles[y] if x == "step" else "reward against KL")
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,47 @@
+"""AdamW, the learning rate as a function of the step, and clipping by the global norm.
+
+See "Decoupled Weight Decay Regularization", Loshchilov and Hutter (2017, arXiv 1711.05101).
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, constant: int) -> float:
+    """Learning rate of a rollout step (from 0): linear warm-up, cosine to `min_lr`, then `constant` steps at `min_lr`.
+
+    With min_lr = lr it is constant after the warm-up. Past `total` it stays at `min_lr`.
+
+    >>> [round(learning_rate(s, 6, lr=1.0, min_lr=0.0, warmup=2, constant=1), 2) for s in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.25, 0.0]
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    decay = total - warmup - constant
+    if step >= warmup + decay:
+        return min_lr
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / decay))
+
+
+def clip(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return float(norm)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the optimizer's next step, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

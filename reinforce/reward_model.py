@@ -1,0 +1,94 @@
+"""A reward model: one scalar head on a Hugging Face backbone. Load it, score token ids, train it on preferences.
+
+    P(chosen > rejected) = sigmoid(r(chosen) - r(rejected))
+
+See "Rank Analysis of Incomplete Block Designs", Bradley and Terry (1952) and "Training language models to follow
+instructions with human feedback", Ouyang et al. (2022, arXiv 2203.02155).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from reinforce.data import encode
+from reinforce.errors import ConfigError
+from reinforce.policy import announce, first_line, load_tokenizer, without_dropout
+
+FLAG = "--reward-model"
+
+
+def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Model and tokenizer. Raises ConfigError, also where the checkpoint has no trained one-label head.
+
+    transformers would fill a missing head with random numbers and warn: the run would learn noise.
+    """
+    tokenizer = load_tokenizer(name, FLAG)
+    announce(name, FLAG)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{FLAG} {name}: not a sequence classifier in safetensors ({first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); train one first")
+    if model.config.num_labels != 1:
+        raise ConfigError(f"{FLAG} {name}: {model.config.num_labels} labels; a reward model has exactly one")
+    return without_dropout(model).to(device).requires_grad_(False), tokenizer
+
+
+def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Reward of each token sequence, (n,) float32. The head reads a sequence's last token, found by its length.
+
+    (transformers looks for the last token that is not the pad token, so with pad = end token it reads the one before the end.)
+    """
+    hf, device = cast(Any, model), next(model.parameters()).device
+    length = torch.tensor([len(s) for s in sequences], device=device)  # (n,)
+    width = int(length.max())
+    ids = torch.tensor([[*s, *[pad_id] * (width - len(s))] for s in sequences], device=device)  # (n, L)
+    mask = (torch.arange(width, device=device) < length[:, None]).long()  # (n, L)
+    if not hasattr(model, "score"):  # an encoder such as BERT pools in its own way
+        return cast(Tensor, hf(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+    states = hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (n, L, H)
+    return cast(Tensor, hf.score(states[torch.arange(len(ids), device=device), length - 1])[:, 0].float())
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected), mean over pairs; both (n,).
+
+    >>> round(bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0])).item(), 4)
+    0.6931
+    """
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def query_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of prompt and response as one text: pad tokens stripped, no second begin token, no end token added."""
+    pad = tokenizer.pad_token
+    if pad and pad not in (tokenizer.eos_token, tokenizer.unk_token):
+        text = text.replace(pad, "")
+    return encode(tokenizer, text)
+
+
+def messages_ids(tokenizer: Any, messages: list[dict[str, str]], finished: bool) -> list[int]:
+    """Token ids of a conversation whose last message is the response, in this model's own chat template."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=not finished)
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def fingerprint(folder: str) -> str:
+    """sha256 over the files that decide what a reward model answers: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()

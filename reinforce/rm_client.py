@@ -1,0 +1,282 @@
+"""Rewards over HTTP, validated: exactly one finite number per response, or an exception. A reward is never invented.
+
+What another try can cure (a refused or cut connection, a time-out, 408, 429, 502, 503, 504) is tried again, with growing
+pauses, until a total deadline; everything else ends the run at once. Scoring is a pure function of the text, so trying again
+is safe. `http.client` follows neither redirects nor proxy settings. Left out: TLS (see http.py).
+"""
+
+import http.client
+import json
+import math
+import random
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.errors import ConfigError, RetryError
+
+RETRIED = (408, 429, 502, 503, 504)
+MAX_REPLY = 64 << 20  # bytes
+PROBE = "hello"
+
+
+class RewardError(Exception):
+    """The server answered, and the answer cannot be used: trying again would not help."""
+
+
+class _TryAgainError(Exception):
+    """A failure that another try may cure; `pause` is the server's Retry-After, seconds."""
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause = pause
+
+
+class ForeignServiceError(RewardError):
+    """Something else than a reward server listens there."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What GET /info says; without one (another project's server), nothing is pinned."""
+
+    model: str = "unknown"
+    fingerprint: str | None = None
+    max_texts: int = 64
+
+
+class RewardClient:
+    """One keep-alive connection to a reward server."""
+
+    def __init__(
+        self, host: str, port: int, token: str | None = None, fingerprint: str | None = None, timeout: float = 60.0,
+        deadline: float = 300.0,
+    ) -> None:  # fmt: skip
+        """`timeout` is for one try, `deadline` for all tries of one request, both in seconds."""
+        self.url = f"http://{host}:{port}"
+        self._address = (host, port)
+        self._token, self._fingerprint, self._timeout, self._deadline = token, fingerprint, timeout, deadline
+        self._connection: http.client.HTTPConnection | None = None
+        self._info: ServerInfo | None = None
+        self._requests = 0
+
+    def connect(self, wait: float = 0.0) -> ServerInfo:
+        """Find the server within `wait` seconds (0: one try) and pin its fingerprint.
+
+        Raises ConfigError if nobody answers and wait is 0, or a foreign service does; RetryError after a wait in vain.
+        """
+        end, said = time.monotonic() + wait, time.monotonic()
+        while True:
+            try:
+                self._info = self._handshake()
+                return self._info
+            except ForeignServiceError as error:
+                raise ConfigError(f"--rm-host/--rm-port: {self.url} is not a reward server ({error})") from error
+            except _TryAgainError as error:
+                if wait <= 0:
+                    raise ConfigError(
+                        f"--rm-host/--rm-port: no reward server at {self.url} ({error}); start one with serve_rm.py, "
+                        "or give it time with --rm-wait SECONDS"
+                    ) from error
+                if time.monotonic() > end:
+                    raise RetryError(f"no reward server at {self.url} within {wait:g} s ({error})") from error
+                if time.monotonic() - said > 10:
+                    said = time.monotonic()
+                    print(f"waiting for the reward server at {self.url} ({error})", file=sys.stderr, flush=True)
+                time.sleep(0.2)
+
+    def rewards(
+        self, query: Sequence[str] | None = None, messages: Sequence[list[dict[str, str]]] | None = None,
+        prompts: Sequence[str] | None = None, labels: Sequence[Any] | None = None, finished: Sequence[bool] | None = None,
+        completions: Sequence[str] | None = None,
+    ) -> list[float]:  # fmt: skip
+        """One reward per text, in order; requests are split to the server's limit. Raises RewardError or RetryError.
+
+        Exactly one of `query` (prompt and response as one text) and `messages` (the last one is the response).
+        """
+        if (query is None) == (messages is None):
+            raise ValueError("exactly one of query and messages")
+        info = self._info or self.connect()
+        columns = {"query": query, "messages": messages, "prompts": prompts, "labels": labels, "finished": finished,
+                   "completions": completions}  # fmt: skip
+        given = {name: list(column) for name, column in columns.items() if column is not None}
+        count = len(next(iter(given.values())))
+        if any(len(column) != count for column in given.values()):
+            raise ValueError(f"columns of different lengths: { {n: len(c) for n, c in given.items()} }")
+        rewards: list[float] = []
+        for start in range(0, count, info.max_texts):
+            rewards += self._score({name: column[start : start + info.max_texts] for name, column in given.items()})
+        return rewards
+
+    def _score(self, columns: dict[str, list[Any]]) -> list[float]:
+        self._requests += 1
+        expected = len(columns.get("query") or columns.get("messages") or [])
+        request = {**columns, "id": f"{id(self):x}-{self._requests}"}
+        end, tries = time.monotonic() + self._deadline, 0
+        while True:
+            try:
+                return self._validate(self._call("POST", "/get_reward", request, end), request["id"], expected)
+            except _TryAgainError as error:
+                pause = min(30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
+                tries += 1
+                if time.monotonic() + pause > end:
+                    reason = f"reward server {self.url} gave no usable answer within {self._deadline:g} s ({error})"
+                    raise RetryError(reason) from error
+                time.sleep(pause)
+                if tries > 1:
+                    self._check_same_model()
+
+    def _handshake(self) -> ServerInfo:
+        end = time.monotonic() + min(self._timeout, 10.0)
+        try:
+            status, kind, body = self._exchange("GET", "/info", None, end)
+            if status == 503:
+                raise _TryAgainError("503, not ready")
+            if status == 401:
+                raise ConfigError(f"reward server {self.url} wants a token: set RM_TOKEN or RM_TOKEN_FILE")
+            if status == 200 and kind == "application/json":
+                info = _parse_info(body)
+                if info is not None:
+                    return self._pin(info)
+            return self._probe(status, kind, end)
+        except http.client.HTTPException as error:
+            raise ForeignServiceError(f"it does not speak HTTP: {error!r}") from error
+
+    def _probe(self, status: int, kind: str, end: float) -> ServerInfo:
+        """No /info: another project's reward server answers a probe text, anything else does not."""
+        foreign = f"/info answered {status} {kind or 'without a type'}"
+        if self._fingerprint is not None:
+            raise ConfigError(f"--rm-fingerprint: {self.url} has no /info, so it cannot be checked ({foreign})")
+        try:
+            reply = self._call("POST", "/get_reward", {"query": [PROBE], "prompts": [PROBE]}, end)
+            self._validate(reply, None, 1)
+        except RewardError as error:
+            raise ForeignServiceError(f"{foreign}, and a probe text: {error}") from error
+        print(f"reward server {self.url} has no /info: its model is not pinned", file=sys.stderr, flush=True)
+        return ServerInfo()
+
+    def _pin(self, info: ServerInfo) -> ServerInfo:
+        if self._fingerprint is not None and info.fingerprint != self._fingerprint:
+            detail = f"{info.fingerprint} instead of {self._fingerprint}"
+            if self._info is None:
+                raise ConfigError(f"--rm-fingerprint: {self.url} serves another reward model ({detail})")
+            raise RewardError(f"reward server {self.url} now serves another model ({detail})")
+        self._fingerprint = info.fingerprint
+        return info
+
+    def _check_same_model(self) -> None:
+        """After a failure the server may be a restarted one: it must serve the model that it served before."""
+        try:
+            status, kind, body = self._exchange("GET", "/info", None, time.monotonic() + min(self._timeout, 10.0))
+        except (_TryAgainError, http.client.HTTPException):
+            return  # still down: the next try says so
+        if status == 200 and kind == "application/json" and (info := _parse_info(body)) is not None:
+            self._pin(info)
+
+    def _call(self, method: str, path: str, payload: Any, end: float) -> Any:
+        """One request and its JSON reply. Raises _TryAgainError or RewardError."""
+        status, kind, body = self._exchange(method, path, payload, end)
+        if status in RETRIED:
+            raise _TryAgainError(f"HTTP {status}", self._retry_after)
+        if status != 200:
+            raise RewardError(f"{self.url}{path} answered HTTP {status}: {body[:200].decode('utf-8', 'replace')!r}")
+        if kind != "application/json":
+            raise RewardError(f"{self.url}{path} answered {kind or 'without a type'}, not application/json")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _TryAgainError("the reply is cut short or not JSON") from error
+
+    def _exchange(self, method: str, path: str, payload: Any, end: float) -> tuple[int, str, bytes]:
+        """Status, content type and body of one HTTP exchange within the time of one try. Raises _TryAgainError."""
+        limit = min(end, time.monotonic() + self._timeout)
+        body = None if payload is None else json.dumps(payload, allow_nan=False).encode()
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        for fresh in (False, True):  # a kept connection that the server closed meanwhile is no failure of the server
+            reused = self._connection is not None
+            try:
+                connection = self._connected(limit)
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                data = self._read(response, connection, limit)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
+                self._close()
+                if reused and not fresh:
+                    continue
+                raise _TryAgainError(f"connection closed ({type(error).__name__})") from error
+            except http.client.IncompleteRead as error:
+                self._close()
+                raise _TryAgainError("the reply was cut short") from error
+            except http.client.HTTPException:
+                self._close()
+                raise
+            except OSError as error:
+                self._close()
+                raise _TryAgainError(str(error) or type(error).__name__) from error
+            kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
+            after = response.getheader("Retry-After") or ""
+            self._retry_after = float(after) if after.isdigit() else 0.0
+            if response.will_close:
+                self._close()
+            return response.status, kind, data
+        raise AssertionError("unreachable")
+
+    def _connected(self, limit: float) -> http.client.HTTPConnection:
+        timeout = max(0.001, limit - time.monotonic())
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection(*self._address, timeout=timeout)
+            self._connection.connect()
+            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection.sock.settimeout(timeout)
+        return self._connection
+
+    def _read(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, limit: float) -> bytes:
+        """The body, within a total time: a socket's time-out alone would start anew with every byte of a slow drip."""
+        parts, size = [], 0
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_REPLY:
+                self._close()
+                raise RewardError(f"the reply of {self.url} is longer than {MAX_REPLY} bytes")
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the reply did not arrive in time")
+            if connection.sock is not None:
+                connection.sock.settimeout(left)
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        response.close()  # read1 leaves a whole answer open, and the connection busy
+        return b"".join(parts)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _validate(self, reply: Any, request_id: str | None, expected: int) -> list[float]:
+        """The rewards of a reply, if it is exactly what was asked for. Raises RewardError."""
+        rewards = reply.get("rewards") if isinstance(reply, dict) else None
+        if not isinstance(rewards, list) or len(rewards) != expected:
+            got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
+            raise RewardError(f"{self.url} answered {got} as rewards for {expected} texts")
+        if request_id is not None and reply.get("id") not in (None, request_id):
+            raise RewardError(f"{self.url} answered another request: id {reply['id']!r} instead of {request_id!r}")
+        for i, value in enumerate(rewards):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise RewardError(f"{self.url}: reward {i} is {value!r}, not a finite number")
+        return [float(value) for value in rewards]
+
+
+def _parse_info(body: bytes) -> ServerInfo | None:
+    try:
+        info = json.loads(body)
+        limit = info["max_texts"]
+        return ServerInfo(str(info["model"]), str(info["fingerprint"]), limit) if type(limit) is int and limit > 0 else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,227 @@
+"""Batched sampling with a key-value cache: prompts in, `Rollout` out.
+
+    y_t ~ softmax(logits / temperature)
+
+Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so what it draws does not
+depend on its neighbours, the batch size or the number of ranks, and there is no random state to save. A prompt runs through
+the model once and its K responses share the cache; rows that have ended leave the batch. Which tokens belong to a response is
+kept as a length, never read back from token ids: the pad token may well be an end token.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reinforce.logprobs import policy_logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `top_k` and `top_p` make another distribution than the one scored, so training never sets them."""
+
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    end_strings: tuple[str, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None  # token ids -> text, for end strings
+    greedy: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B responses. Prompts are padded on the left, responses on the right, so column S is every row's first response token."""
+
+    prompt: Tensor  # (B, S) token ids
+    prompt_mask: Tensor  # (B, S) bool
+    response: Tensor  # (B, T) token ids, end token included
+    mask: Tensor  # (B, T) bool
+    logp: Tensor  # (B, T) float32, as sampled; 0 outside the mask
+    finished: Tensor  # (B,) bool: ended by an end token or an end string
+
+    @property
+    def length(self) -> Tensor:
+        """Response tokens per row, (B,)."""
+        return self.mask.sum(1)
+
+    def take(self, rows: Sequence[int]) -> "Rollout":
+        """Some of the rows, with the padding that they do not need cut off."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
+        left = self.prompt.shape[1] - int(self.prompt_mask[index].sum(1).max())
+        right = int(self.mask[index].sum(1).max())
+        return Rollout(
+            self.prompt[index, left:], self.prompt_mask[index, left:], self.response[index, :right],
+            self.mask[index, :right], self.logp[index, :right], self.finished[index],
+        )  # fmt: skip
+
+
+def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of several batches as one, padded to the longest prompt and the longest response."""
+    s = max(r.prompt.shape[1] for r in rollouts)
+    t = max(r.response.shape[1] for r in rollouts)
+
+    def padded(name: str, left: bool, fill: float) -> Tensor:
+        parts = [getattr(r, name) for r in rollouts]
+        widths = [(s - p.shape[1], 0) if left else (0, t - p.shape[1]) for p in parts]
+        return torch.cat([nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)])
+
+    return Rollout(
+        padded("prompt", True, pad_id), padded("prompt_mask", True, False), padded("response", False, pad_id),
+        padded("mask", False, False), padded("logp", False, 0.0), torch.cat([r.finished for r in rollouts]),
+    )  # fmt: skip
+
+
+def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
+    """63-bit seed of one row, the same on every machine and in every process (Python's `hash` is not).
+
+    >>> row_seed(0, 0, 0, 0) == row_seed(0, 0, 0, 0) != row_seed(0, 0, 0, 1)
+    True
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{k}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def draw_coins(seeds: Sequence[int], steps: int, vocabulary: int) -> Tensor:
+    """Uniforms in [0, 1) for whole responses, (B, steps, ceil(log2 V)), each row from its own generator, on the CPU."""
+    levels = math.ceil(math.log2(vocabulary))
+    return torch.stack([torch.rand(steps, levels, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
+    """Draw one token a row: probs (B, V) of any positive scale, coins (B, ceil(log2 V)) in [0, 1) -> token ids (B,).
+
+    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >= left. Exact; a token of
+    probability 0 is never drawn. A rounding error moves a draw only if it moves one of log2 V branch points across its coin;
+    inverting a running sum over the whole vocabulary is far more sensitive, and `torch.multinomial` draws V numbers a row.
+
+    >>> sample_token(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([[0.9, 0.3]]))
+    tensor([2])
+    """
+    levels = math.ceil(math.log2(probs.shape[1]))
+    if probs.ndim != 2 or coins.shape != (probs.shape[0], levels):
+        raise ValueError(f"expected probs (B, V) and coins (B, {levels}), got {tuple(probs.shape)}, {tuple(coins.shape)}")
+    tree = [nn.functional.pad(probs, (0, 2**levels - probs.shape[1]))]  # (B, 2^levels)
+    while tree[-1].shape[1] > 1:
+        pairs = tree[-1].unflatten(1, (-1, 2))  # (B, n, 2)
+        tree.append(pairs[..., 0] + pairs[..., 1])
+    node = torch.zeros(len(probs), 1, dtype=torch.long, device=probs.device)  # (B, 1)
+    for level, coin in zip(reversed(tree[:-1]), coins.T, strict=True):
+        left, right = level.gather(1, 2 * node), level.gather(1, 2 * node + 1)  # (B, 1)
+        node = 2 * node + (coin[:, None] * (left + right) >= left)
+    return node[:, 0]
+
+
+def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Mask all but the `top_k` likeliest tokens (0: all) and the fewest whose probability reaches `top_p`. (B, V)."""
+    ordered, index = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # (B, V), mass of the likelier ones
+    drop = before >= top_p
+    if top_k:
+        drop[:, top_k:] = True
+    drop[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (P, S)."""
+    s = max(len(p) for p in prompts)
+    ids = [[pad_id] * (s - len(p)) + list(p) for p in prompts]
+    real = [[False] * (s - len(p)) + [True] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
+def sample_in_batches(
+    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, max_rows: int
+) -> Rollout:
+    """`sample`, at most `max_rows` rows at a time, in whole groups (at least one)."""
+    k = len(seeds) // len(prompts)
+    n = max(1, max_rows // k)
+    parts = [sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how) for i in range(0, len(prompts), n)]
+    return join(parts, how.pad_id)
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling) -> Rollout:
+    """Sample len(seeds) / len(prompts) = K responses to each prompt; seeds in row order.
+
+    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without `decode`.
+    """
+    if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
+    device = next(model.parameters()).device
+    prompt, prompt_mask = left_pad(prompts, how.pad_id, device)  # (P, S)
+    out = model(input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
+                use_cache=True, logits_to_keep=1)  # fmt: skip
+    k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
+    cache.batch_repeat_interleave(k)
+    prompt, prompt_mask = prompt.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (B, S)
+    coins = draw_coins(seeds, t_max, logits.shape[1]).to(device)  # (B, T, log2 V)
+
+    response = torch.full((b, t_max), how.pad_id, device=device)  # (B, T)
+    logp = torch.zeros(b, t_max, device=device)  # (B, T)
+    length = torch.full((b,), t_max, device=device)  # (B,)
+    finished = torch.zeros(b, dtype=torch.bool, device=device)  # (B,)
+    end_ids = torch.tensor(how.end_ids, dtype=torch.long, device=device)
+    alive = torch.arange(b, device=device)  # (n,) rows not yet ended
+    for t in range(t_max):
+        logits = policy_logits(logits, torch.full_like(alive, t), how.temperature, end_ids, how.min_new_tokens)  # (n, V)
+        if how.top_k or how.top_p < 1:
+            logits = keep_likely(logits, how.top_k, how.top_p)
+        token_logp = logits.log_softmax(-1)  # (n, V)
+        token = logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coins[alive, t])  # (n,)
+        response[alive, t] = token
+        logp[alive, t] = token_logp.gather(1, token[:, None])[:, 0]
+        ended = torch.isin(token, end_ids)  # (n,)
+        if how.end_strings and how.decode is not None and t + 1 >= how.min_new_tokens:
+            ended |= completes(response[alive, : t + 1], how.end_strings, how.decode)
+        length[alive[ended]] = t + 1
+        finished[alive[ended]] = True
+        if t + 1 == t_max or bool(ended.all()):
+            break
+        if bool(ended.any()):
+            going = (~ended).nonzero()[:, 0]
+            alive, token = alive[going], token[going]
+            cache.batch_select_indices(going)
+        seen = torch.cat([prompt_mask[alive], torch.ones_like(response[alive, : t + 1], dtype=torch.bool)], 1)
+        logits = model(input_ids=token[:, None], attention_mask=seen.long(), position_ids=positions(seen)[:, -1:],
+                       past_key_values=cache, use_cache=True).logits[:, -1]  # fmt: skip
+
+    t = int(length.max())
+    mask = torch.arange(t, device=device) < length[:, None]  # (B, T)
+    return Rollout(prompt, prompt_mask, response[:, :t], mask, logp[:, :t], finished)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each real token among its row's real tokens, (B, L): padding on the left does not move a prompt."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def completes(response: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Tensor:
+    """Which responses (n, t) hold an end string that their last token completed, (n,) bool."""
+    window = max(len(s.encode()) for s in end_strings) + 1  # a token is at least one byte
+    tails = response[:, -window:].tolist()
+    done = [any(s in decode(tail) and s not in decode(tail[:-1]) for s in end_strings) for tail in tails]
+    return torch.tensor(done, device=response.device)
+
+
+def micro_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
+
+    >>> micro_batches([9, 2, 3, 8], max_rows=3, max_tokens=20)
+    [[1, 2], [3, 0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * lengths[row] <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
