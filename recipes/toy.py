@@ -59,9 +59,9 @@ def make_prompt(rng: random.Random) -> tuple[str, str]:
 
 
 def make_review(rng: random.Random, thing: str) -> str:
-    """A review of one to three different parts of the thing."""
+    """A review of one to three clauses about the thing's parts."""
     clauses = []
-    for part in rng.sample(PARTS[thing].split(), rng.randint(1, MAX_CLAUSES)):
+    for part in rng.choices(PARTS[thing].split(), k=rng.randint(1, MAX_CLAUSES)):
         mood = rng.choices((GOOD, PLAIN, BAD), (0.25, 0.35, 0.4))[0]
         very = "very " if mood is not PLAIN and rng.random() < 0.25 else ""
         clauses.append(f"the {part} was {very}{rng.choice(mood)}")
@@ -72,10 +72,7 @@ def sentiment(review: str) -> int | None:
     """The grammar's own label: good minus bad adjectives, "very" counting double; None for a text outside the grammar."""
     if not re.fullmatch(rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.", review.strip()):
         return None
-    clauses = re.findall(CLAUSE, review)
-    if len({part for part, _, _ in clauses}) < len(clauses):
-        return None
-    return sum((2 if very else 1) * MOODS[mood] for _, very, mood in clauses)
+    return sum((2 if very else 1) * MOODS[mood] for _, very, mood in re.findall(CLAUSE, review))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,7 +103,7 @@ def prepare() -> Path:
     folder = ROOT / "cache" / f"toy-{stamp}"
     if not folder.is_dir():
         start = time.monotonic()
-        print("preparing the toy: a language, a policy, a reward model (once) ...", flush=True)
+        print("preparing the toy: a language, a policy, a reward model (once) ...", file=sys.stderr, flush=True)
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -115,7 +112,7 @@ def prepare() -> Path:
             partial.rename(folder)
         except OSError:  # another process was faster
             shutil.rmtree(partial)
-        print(f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}", flush=True)
+        print(f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}", file=sys.stderr, flush=True)
     return folder
 
 
@@ -140,11 +137,11 @@ def build(folder: Path) -> str:
     examples = [(tokenizer(prompt)["input_ids"], review_ids(thing)[0]) for prompt, thing in things]
     policy = LlamaForCausalLM(make_config(tokenizer))
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    loss = sft.train_sft(policy, examples, steps=300, batch_size=64, lr=3e-3, pad_id=tokenizer.pad_token_id, seed=1)
+    loss = sft.train_sft(policy, examples, steps=400, batch_size=64, lr=5e-3, pad_id=tokenizer.pad_token_id, seed=1)
 
     pairs = [preference() for _ in range(4000)]
     reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    train_rm.train_reward_model(reward_model, pairs[:3600], steps=200, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2)
+    train_rm.train_reward_model(reward_model, pairs[:3600], steps=150, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2)
     accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], tokenizer.pad_token_id)
     ids = [p for p, _ in examples[:256]]
     responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)
@@ -154,7 +151,7 @@ def build(folder: Path) -> str:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     prompts = list(dict.fromkeys(prompt for prompt, _ in (make_prompt(rng) for _ in range(100_000))))
-    for name, part in (("validation", prompts[:64]), ("train", prompts[64:1664])):
+    for name, part in (("validation", prompts[-80:]), ("train", prompts[:1600])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in part))
     return f"SFT loss {loss:.2f} nats a token, reward model right on {accuracy:.0%} of 400 held-out pairs"
 
