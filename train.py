@@ -37,7 +37,7 @@ from reinforce.errors import ConfigError, RetryError
 from reinforce.group import Group, make_groups, reward_request
 from reinforce.http import read_token
 from reinforce.kl import k1, per_response
-from reinforce.logprobs import Scorer
+from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.loss import normaliser, reinforce_loss
 from reinforce.metrics import Recorder, summarise
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
@@ -271,11 +271,14 @@ def set_up(config: TrainConfig, stack: ExitStack, folders: list[Path]) -> None:
     prompts = load_prompts(config, tokenizer, records, policy)
     model = load_policy(policy, tokenizer, device)
     bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
-    scorer = Scorer(model, config.temperature, ends, config.min_new_tokens).to(device)
+    plain = head_is_plain(model)
+    if not plain and distributed.rank() == 0:
+        print(f"--policy {policy}: this model does more than apply its head to hidden states; scoring with whole logits")
+    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(device)
     reference = None
     if config.initial_policy_kl_penalty > 0:
         frozen = load_policy(policy, tokenizer, device, frozen_dtype=torch.bfloat16 if bf16 else torch.float32)
-        reference = Scorer(frozen, config.temperature, ends, config.min_new_tokens).to(device)
+        reference = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(device)
     training = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, config.min_new_tokens,
                         config.end_strings, tokenizer.decode)  # fmt: skip
     validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from reinforce.logprobs import Scorer
+from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.optim import adamw, clip, learning_rate, set_learning_rate
 from reinforce.sampler import left_pad
 
@@ -18,7 +18,7 @@ Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of it
 def train_sft(model: nn.Module, examples: Sequence[Example], steps: int, batch_size: int, lr: float, pad_id: int, seed: int) -> float:
     """Train in place for `steps` batches drawn at random; return the last batch's loss, nats a token."""
     device = next(model.parameters()).device
-    scorer = Scorer(model, temperature=1.0, end_ids=(), min_new_tokens=0)
+    scorer = Scorer(model, head_is_plain(model))
     optimizer = adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0)
     draw = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())

@@ -42,13 +42,15 @@ def head_is_plain(model: nn.Module) -> bool:
 class Scorer(nn.Module):
     """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
 
-    def __init__(self, model: nn.Module, temperature: float, end_ids: tuple[int, ...], min_new_tokens: int) -> None:
-        """The three numbers are the sampler's; `model` is a Hugging Face causal language model."""
+    def __init__(
+        self, model: nn.Module, plain: bool, temperature: float = 1.0, end_ids: tuple[int, ...] = (), min_new_tokens: int = 0
+    ) -> None:
+        """`model` is a Hugging Face causal language model, `plain` its `head_is_plain`; the others are the sampler's."""
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.min_new_tokens = min_new_tokens
-        self.plain = head_is_plain(model)
+        self.plain = plain
         self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
 
     def forward(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
