@@ -38,7 +38,7 @@ case "$mode" in
     server_flags+=(--reward-fn "$here/recipes/smollm2.py:positivity")
     train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
       --num-rollout-samples 8 --num-rollouts-per-prompt 4 --max-new-tokens 32 --max-steps 24 --max-epochs 2
-      --lr 1e-5 --initial-policy-kl-penalty 0.02 --val-check-interval 12 --micro-batch-size 8) ;;
+      --lr 2e-5 --initial-policy-kl-penalty 0.02 --val-check-interval 12 --micro-batch-size 16) ;;
   run)
     while [ $# -gt 0 ] && [ "$1" != -- ]; do server_flags+=("$1"); shift; done
     [ $# -eq 0 ] || shift ;;

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from reinforce.http import read_token
 from reinforce.kl import k1, per_response
 from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.loss import normaliser, reinforce_loss
-from reinforce.metrics import Recorder, summarise
+from reinforce.metrics import Recorder, distinct, mean_reward, summarise
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
 from reinforce.rm_client import RewardClient
 from reinforce.sampler import Rollout, Sampling, micro_batches, row_seed, sample_in_batches
@@ -100,12 +101,6 @@ def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
     return distributed.gather(groups)
 
 
-def mean_reward(groups: list[Group]) -> tuple[float, float]:
-    """Mean reward and its standard error."""
-    reward = torch.tensor([g.reward[0] for g in groups], dtype=torch.float64)
-    return reward.mean().item(), (reward.std() / math.sqrt(len(reward))).item() if len(reward) > 1 else 0.0
-
-
 def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
     """The advantage function of --baseline: (P, K) -> (P, K), for remax with greedy (P,) as second argument."""
     if config.baseline == "ema":
@@ -115,7 +110,7 @@ def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
 
 def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path) -> None:
     """The loop."""
-    p, k, beta, world = config.num_rollout_samples, config.num_rollouts_per_prompt, config.initial_policy_kl_penalty, distributed.world_size()
+    p, k, world = config.num_rollout_samples, config.num_rollouts_per_prompt, distributed.world_size()
     per_epoch = steps_per_epoch(len(prompts), p)
     total = min(config.max_steps or sys.maxsize, (config.max_epochs or sys.maxsize) * per_epoch)
     min_lr = config.lr if config.min_lr is None else config.min_lr
@@ -126,7 +121,7 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
     stop.listen()
     before = after = validate(actor, held_out)
     if recorder and before:
-        recorder.say("validation before: reward {:.3f} ± {:.3f} over {} prompts".format(*mean_reward(before), len(before)))
+        recorder.validated(0, before)
 
     for step in range(total):
         # 1. sample: K responses to each of this rank's prompts, and for ReMax the greedy one
@@ -187,6 +182,8 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
         if held_out and (last or (step + 1) % config.val_check_interval == 0):
             after = validate(actor, held_out)
             metrics["val_reward"] = mean_reward(after)[0]
+            if recorder:
+                recorder.validated(step + 1, after)
         if recorder:
             recorder.log(metrics, groups, advantages.flatten().tolist())
             if last or stopping or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
@@ -198,20 +195,26 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
     if recorder:
         recorder.close()
         if stop.signal is None:
-            tell(before, after, run, beta)
+            tell(before, after, run)
     if stop.signal is not None and not last:
         raise RetryError(f"stopped by {stop.signal} after step {step + 1} of {total}; a checkpoint is in {run}/checkpoints")
 
 
-def tell(before: list[Group], after: list[Group], run: Path, beta: float) -> None:
+def tell(before: list[Group], after: list[Group], run: Path) -> None:
     """The last screen: validation before and after, five samples of each, where the files are."""
     if before:
-        print("\nvalidation before: reward {:.3f} ± {:.3f}".format(*mean_reward(before)))
-        print("validation after:  reward {:.3f} ± {:.3f}\n".format(*mean_reward(after)))
+        print(f"\n{'validation':<12}{'reward':>16}{'tokens':>9}{'finished':>10}{'distinct-2':>12}")
+        for name, groups in (("before", before), ("after", after)):
+            reward, error = mean_reward(groups)
+            n, variety = len(groups), distinct([g.response[0] for g in groups])
+            length, finished = sum(g.length[0] for g in groups) / n, sum(g.finished[0] for g in groups) / n
+            print(f"{name:<12}{reward:>8.3f} ± {error:.3f}{length:>9.1f}{finished:>10.2f}{variety:>12.2f}")
         for old, new in list(zip(before, after, strict=True))[:5]:
-            print(f"prompt  {old.prompt!r}")
-            print(f"before  {old.reward[0]:+.2f}  {old.response[0]!r}\nafter   {new.reward[0]:+.2f}  {new.response[0]!r}\n")
-    print(f"curves: {run}/curves.png · every response: {run}/rollouts.jsonl · policy: {run}/checkpoints")
+            print(f"\nprompt  {old.prompt[-100:].strip()!r}")
+            print(f"before  {old.reward[0]:+.2f}  {old.response[0].strip()!r}")
+            print(f"after   {new.reward[0]:+.2f}  {new.response[0].strip()!r}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"\ncurves {run}/curves.png · responses {run}/rollouts.jsonl · policy {run}/checkpoints · peak memory {peak:.1f} GiB")
 
 
 def load_prompts(config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str) -> dict[str, list[Prompt]]:

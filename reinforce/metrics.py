@@ -1,4 +1,4 @@
-"""What a person looks at: metrics.jsonl, rollouts.jsonl, TensorBoard, one line or bar a step, curves.png.
+"""What a person looks at: metrics, rollouts and validation.jsonl, TensorBoard, one line or bar a step, curves.png.
 
 All numbers are means over all rows, or tokens, of all ranks. KL is per response, in nats, as in the objective; entropy is the
 mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose objectives are all
@@ -40,6 +40,26 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
     }
 
 
+def mean_reward(groups: Sequence[Group]) -> tuple[float, float]:
+    """Mean of all rewards, and its standard error."""
+    reward = [r for g in groups for r in g.reward]
+    error = statistics.stdev(reward) / math.sqrt(len(reward)) if len(reward) > 1 else 0.0
+    return statistics.fmean(reward), error
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct-n: different word n-grams over all word n-grams of the texts; falls towards 0 as they become alike.
+
+    See "A Diversity-Promoting Objective Function for Neural Conversation Models", Li et al. (2016, arXiv 1510.03055).
+
+    >>> distinct(["a b a b"])
+    0.6666666666666666
+    """
+    words = [text.split() for text in texts]
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
 class Recorder:
     """The files of a run folder and the progress on screen. Only rank 0 has one."""
 
@@ -48,6 +68,7 @@ class Recorder:
         self.folder = folder
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)
+        self._validation = (folder / "validation.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._bar = tqdm(total=total, desc="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self._total = total
@@ -61,7 +82,7 @@ class Recorder:
             record = {"step": step, **asdict(group), "advantage": list(advantage[i * k : (i + 1) * k])}
             self._rollouts.write(json.dumps(record) + "\n")
         for name, value in metrics.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and name != "val_reward":
                 self._board.add_scalar(name, value, step)
         shown = {name: format(metrics[name], ".0f" if name == "tokens_per_s" else ".2f") for name in SHOWN
                  if metrics[name] is not None}  # fmt: skip
@@ -71,6 +92,14 @@ class Recorder:
         else:
             fields = "  ".join(f"{name} {value:>7}" for name, value in shown.items())
             print(f"step {step:>{len(str(self._total))}}/{self._total}  {fields}", flush=True)
+
+    def validated(self, step: int, groups: Sequence[Group]) -> None:
+        """The validation after `step` steps."""
+        for group in groups:
+            self._validation.write(json.dumps({"step": step, **asdict(group)}) + "\n")
+        reward, error = mean_reward(groups)
+        self._board.add_scalar("val_reward", reward, step)
+        self.say(f"validation after step {step}: reward {reward:.3f} ± {error:.3f} over {len(groups)} prompts")
 
     def say(self, line: str) -> None:
         """A line of text that does not tear the progress bar."""
@@ -83,6 +112,7 @@ class Recorder:
             self._bar.close()
         self._metrics.close()
         self._rollouts.close()
+        self._validation.close()
         self._board.close()
         draw_curves(self.folder)
 

@@ -16,7 +16,7 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, constant: int) -> float:
