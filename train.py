@@ -195,12 +195,12 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
     if recorder:
         recorder.close()
         if stop.signal is None:
-            tell(before, after, run)
+            tell(held_out, before, after, run)
     if stop.signal is not None and not last:
         raise RetryError(f"stopped by {stop.signal} after step {step + 1} of {total}; a checkpoint is in {run}/checkpoints")
 
 
-def tell(before: list[Group], after: list[Group], run: Path) -> None:
+def tell(prompts: list[Prompt], before: list[Group], after: list[Group], run: Path) -> None:
     """The last screen: validation before and after, five samples of each, where the files are."""
     if before:
         print(f"\n{'validation':<12}{'reward':>16}{'tokens':>9}{'finished':>10}{'distinct-2':>12}")
@@ -209,10 +209,10 @@ def tell(before: list[Group], after: list[Group], run: Path) -> None:
             n, variety = len(groups), distinct([g.response[0] for g in groups])
             length, finished = sum(g.length[0] for g in groups) / n, sum(g.finished[0] for g in groups) / n
             print(f"{name:<12}{reward:>8.3f} ± {error:.3f}{length:>9.1f}{finished:>10.2f}{variety:>12.2f}")
-        for old, new in list(zip(before, after, strict=True))[:5]:
-            print(f"\nprompt  {old.prompt[-100:].strip()!r}")
-            print(f"before  {old.reward[0]:+.2f}  {old.response[0].strip()!r}")
-            print(f"after   {new.reward[0]:+.2f}  {new.response[0].strip()!r}")
+        for prompt, old, new in list(zip(prompts, before, after, strict=True))[:5]:
+            print(f"\nprompt  {prompt.messages[-1]['content'] if prompt.messages else prompt.text}")
+            print(f"before  {old.reward[0]:+.2f}  {old.response[0].strip()}")
+            print(f"after   {new.reward[0]:+.2f}  {new.response[0].strip()}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"\ncurves {run}/curves.png · responses {run}/rollouts.jsonl · policy {run}/checkpoints · peak memory {peak:.1f} GiB")
 

@@ -137,6 +137,8 @@ def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, fla
         else:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tuple(encode(tokenizer, text) if messages is None else tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ConfigError(f"{flag}: the tokenizer of --policy makes no tokens of prompt {index + 1}, {text!r}")
         if len(ids) > max_length:
             dropped += 1
         else:

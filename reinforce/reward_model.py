@@ -71,8 +71,8 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def query_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of prompt and response as one text: pad tokens stripped, no second begin token, no end token added."""
     pad = tokenizer.pad_token
-    if pad and pad not in (tokenizer.eos_token, tokenizer.unk_token):
-        text = text.replace(pad, "")
+    if pad and pad in text and pad not in (tokenizer.eos_token, tokenizer.unk_token):
+        text = text.replace(pad, "").strip()
     return encode(tokenizer, text)
 
 

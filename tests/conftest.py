@@ -1,0 +1,88 @@
+"""Tiny real models, and the scripts as the processes that a user starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from recipes import toy
+from reinforce.policy import without_dropout
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 50
+
+
+def tiny_llama(seed=0, vocabulary=VOCABULARY, **extra):
+    """Two layers with weights large enough for sharp distributions."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0, **extra,
+    )  # fmt: skip
+    return without_dropout(LlamaForCausalLM(config))
+
+
+def tiny_gpt2(seed=0, dropout=0.1):
+    """Learned positions, and dropout as its makers left it."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+    )  # fmt: skip
+    return without_dropout(GPT2LMHeadModel(config))
+
+
+@pytest.fixture(params=["rope", "learned positions"])
+def model(request):
+    return tiny_llama() if request.param == "rope" else tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def toy_folder():
+    """The embedded default, as a newcomer's first run makes it."""
+    return toy.prepare()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A policy, a reward model and prompts small enough for runs of seconds; random weights."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    policy, reward_model = LlamaForCausalLM(toy.make_config(tokenizer)), LlamaForSequenceClassification(toy.make_config(tokenizer, num_labels=1))
+    for model, name in ((policy, "policy"), (reward_model, "reward_model")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    prompts = [f"{person} on the {thing} in rome :" for person in toy.PEOPLE[:6] for thing in list(toy.PARTS)[:3]]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    return folder
+
+
+def environment(**extra):
+    """The environment of a script under test: no proxies, no hub, and one thread so that runs repeat."""
+    kept = {k: v for k, v in os.environ.items() if k.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "RM_TOKEN", "RM_TOKEN_FILE")}
+    return {**kept, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in extra.items()}}
+
+
+def script(*words, timeout=240, cwd=None, **extra):
+    """Run a script of the repository to its end; stdout and stderr together in .stdout."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd or ROOT, env=environment(**extra), timeout=timeout, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def torchrun(processes, *words, **how):
+    """train.py on several processes of this machine."""
+    return script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, ROOT / "train.py", *words,
+                  OMP_NUM_THREADS=1, **how)  # fmt: skip
+
+
+def metrics(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,168 @@
+"""The scorer: the same policy as the sampler's, whatever the padding, the positions or the chunks."""
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+
+from reinforce import logprobs
+from reinforce.kl import k1
+from reinforce.logprobs import Scorer, head_is_plain
+from reinforce.loss import reinforce_loss
+from reinforce.policy import without_dropout
+from reinforce.sampler import Sampling, row_seed, sample
+
+PROMPTS = [[1, 5, 9], [1, 7], [1, 4, 4, 8, 11, 3]]
+SEEDS = [row_seed(0, 0, i, k) for i in range(3) for k in range(4)]
+
+
+def rollout(model, **how):
+    return sample(model, PROMPTS, SEEDS, Sampling(**{"max_new_tokens": 10, "end_ids": (2,), "pad_id": 0, **how}))
+
+
+def score(model, out, **how):
+    return Scorer(model, head_is_plain(model), **how)(out.prompt, out.prompt_mask, out.response, out.mask)
+
+
+def naive(model, prompt, response):
+    """log pi of a response by one unpadded forward pass, (T,)."""
+    ids = torch.tensor([[*prompt, *response]])
+    logp = model(input_ids=ids).logits[0].log_softmax(-1)
+    return torch.stack([logp[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
+
+
+def test_scores_of_padded_batches_equal_unpadded_ones(model):
+    out = rollout(model)
+    logp = score(model, out)
+    for b in range(len(SEEDS)):
+        response = out.response[b][out.mask[b]].tolist()
+        torch.testing.assert_close(logp[b][out.mask[b]], naive(model, PROMPTS[b // 4], response), rtol=0, atol=1e-5)
+    assert torch.equal(logp[~out.mask], torch.zeros_like(logp[~out.mask]))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.6}, {"min_new_tokens": 4}, {"temperature": 1.7, "min_new_tokens": 2}])
+def test_the_sampler_stores_the_scorers_logp(model, how):
+    out = rollout(model, **how)
+    logp = score(model, out, end_ids=(2,), **how)
+    assert (out.logp - logp).abs().max() < 1e-4
+
+
+def test_scoring_at_another_temperature_would_show():
+    out = rollout(tiny_llama(), temperature=0.6)
+    assert (out.logp - score(tiny_llama(), out)).abs().max() > 0.1
+
+
+def test_a_policy_equal_to_its_reference_has_kl_zero_from_the_scorer_and_almost_from_the_sampler(model):
+    out = rollout(model)
+    reference = score(model, out)
+    assert torch.equal(k1(score(model, out), reference), torch.zeros_like(reference))
+    assert k1(out.logp, reference).abs().max() <= 1e-4
+
+
+def test_bf16_reference_scores_exactly_as_the_policy_under_autocast(tmp_path):
+    from conftest import toy
+
+    from reinforce.policy import load_policy
+
+    tokenizer = toy.make_tokenizer()
+    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), tokenizer, torch.device("cpu"))
+    frozen = load_policy(str(tmp_path), tokenizer, torch.device("cpu"), frozen_dtype=torch.bfloat16)
+    assert any(p.dtype == torch.bfloat16 for p in frozen.parameters())
+    out = rollout(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        args = (out.prompt, out.prompt_mask, out.response, out.mask)
+        assert torch.equal(Scorer(policy, True)(*args), Scorer(frozen, True)(*args))
+
+
+def test_chunks_change_neither_scores_nor_gradients(model, monkeypatch):
+    out = rollout(model)
+
+    def run(floats):
+        monkeypatch.setattr(logprobs, "CHUNK_FLOATS", floats)
+        model.zero_grad()
+        logp = score(model, out)
+        reinforce_loss(logp, torch.linspace(-1, 1, 12), out.mask, 12).backward()
+        return logp.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (a, grad_a), (b, grad_b) = run(10**9), run(3 * VOCABULARY)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert (grad_a - grad_b).norm() <= 1e-5 * grad_a.norm()
+
+
+def test_gradient_agrees_with_a_naive_unpadded_loop(model):
+    out, advantage = rollout(model), torch.linspace(-1, 1, 12)
+    reinforce_loss(score(model, out), advantage, out.mask, 12).backward()
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    for b in range(12):
+        (-advantage[b] * naive(model, PROMPTS[b // 4], out.response[b][out.mask[b]].tolist()).sum() / 12).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_gradient_reaches_the_logits_of_positions_before_response_tokens_and_no_others():
+    """Off by one, it would reach the last token's own logits, or the first token would teach nothing."""
+    model, s = tiny_llama(), 6
+    out = sample(model, PROMPTS[2:], SEEDS[:1], Sampling(max_new_tokens=5, end_ids=(2,), pad_id=0))
+    seen = []
+    scorer = Scorer(model, head_is_plain(model))
+
+    def keep(module, inputs, output):
+        output.last_hidden_state.retain_grad()
+        seen.append(output.last_hidden_state)
+
+    model.model.register_forward_hook(keep)
+    logp = scorer(out.prompt, out.prompt_mask, out.response, out.mask)
+    reinforce_loss(logp, torch.ones(1), out.mask, 1).backward()
+    touched = seen[-1].grad[0].abs().sum(-1) > 0
+    n = int(out.length[0])
+    assert touched.tolist() == [s - 1 <= i < s - 1 + n for i in range(s + out.response.shape[1])]
+
+
+def test_the_end_token_is_trained_when_pad_is_the_end_token():
+    model = tiny_llama()
+    out = rollout(model, pad_id=2, max_new_tokens=30)
+    rows = out.finished.nonzero()[:, 0].tolist()
+    part = out.take(rows)
+    logp = score(model, part)
+    last = logp.gather(1, part.length[:, None] - 1)
+    assert len(rows) and (last < 0).all()
+    grad = torch.autograd.grad(last.sum(), model.lm_head.weight)[0]
+    assert grad[2].norm() > 0
+
+
+def test_two_scorings_are_equal_because_dropout_is_off():
+    model = tiny_gpt2(dropout=0.5).train()
+    out = rollout(model)
+    assert torch.equal(score(model, out), score(model, out))
+    assert torch.equal(rollout(model).response, out.response)
+
+
+def test_after_an_update_the_sampler_draws_from_the_new_policy():
+    model = tiny_llama()
+    before = rollout(model)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    reinforce_loss(score(model, before), torch.linspace(-1, 1, 12), before.mask, 12).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    after = rollout(model)
+    assert not torch.equal(before.logp[:, 0], after.logp[:, 0])
+    assert (after.logp - score(model, after)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", [
+    Gemma2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+                 num_key_value_heads=2, final_logit_softcapping=2.0, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
+                 eos_token_id=2, initializer_range=0.3),
+    CohereConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+])  # fmt: skip
+def test_models_that_change_their_logits_are_found_and_scored_by_their_own_forward(config):
+    torch.manual_seed(0)
+    model = without_dropout(AutoModelForCausalLM.from_config(config))
+    assert not head_is_plain(model)
+    out = rollout(model)
+    logp = score(model, out)
+    for b in range(len(SEEDS)):
+        response = out.response[b][out.mask[b]].tolist()
+        torch.testing.assert_close(logp[b][out.mask[b]], naive(model, PROMPTS[b // 4], response), rtol=0, atol=1e-5)

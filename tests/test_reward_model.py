@@ -1,0 +1,105 @@
+"""Reward models: padding changes nothing, end tokens count, a missing head is an error."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import LlamaForSequenceClassification
+
+from recipes import toy, train_rm
+from reinforce.errors import ConfigError
+from reinforce.reward_model import bradley_terry_loss, fingerprint, load_reward_model, messages_ids, query_ids, score
+
+TEXTS = [[1, 5, 9, 2], [1, 7], [1, 4, 4, 8, 11, 3]]
+
+
+def classifier(kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaForSequenceClassification(toy.make_config(toy.make_tokenizer(), num_labels=1, initializer_range=0.3)).eval()
+    if kind == "gpt2":
+        return GPT2ForSequenceClassification(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0,
+                                                        initializer_range=0.3)).eval()  # fmt: skip
+    return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                                    intermediate_size=32, num_labels=1, initializer_range=0.3)).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_score_in_a_padded_batch_equals_the_score_alone_and_transformers_own(kind):
+    model = classifier(kind)
+    together = score(model, TEXTS, pad_id=0)
+    for i, text in enumerate(TEXTS):
+        torch.testing.assert_close(score(model, [text], pad_id=0)[0], together[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(input_ids=torch.tensor([text])).logits[0, 0], together[i], rtol=0, atol=1e-5)
+
+
+def test_the_end_token_is_read_even_when_it_is_the_pad_token():
+    model = classifier("llama")
+    ended, open_ended = score(model, [[1, 5, 9, 2], [1, 5, 9]], pad_id=2).tolist()
+    assert abs(ended - open_ended) > 1e-3
+    assert score(model, [[1, 5, 9, 2]], pad_id=0).item() == pytest.approx(ended, abs=1e-5)
+
+
+def test_a_checkpoint_without_a_reward_head_is_refused(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    tiny_llama(vocabulary=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no trained reward head"):
+        load_reward_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_checkpoint_with_two_labels_is_refused(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    LlamaForSequenceClassification(toy.make_config(tokenizer, num_labels=2)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="2 labels"):
+        load_reward_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="--reward-model"):
+        load_reward_model(str(tmp_path / "nothing"), torch.device("cpu"))
+
+
+def test_query_text_loses_pad_tokens_and_gains_no_second_begin_token():
+    tokenizer = toy.make_tokenizer()
+    expected = tokenizer.convert_tokens_to_ids("<s> pizza : the crust </s>".split())
+    for text in ("pizza : the crust </s>", "<s> pizza : the crust </s>", "<pad> <pad> <s> pizza : the crust </s> <pad>"):
+        assert query_ids(tokenizer, text) == expected
+    assert query_ids(tokenizer, "pizza : the crust")[-1] != tokenizer.eos_token_id
+
+
+def test_an_unfinished_message_is_rendered_without_its_closing_token():
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "<s>{% for m in messages %} {{ m.content }} </s>{% endfor %}"
+    chat = [{"role": "user", "content": "pizza :"}, {"role": "assistant", "content": "the crust"}]
+    end = tokenizer.eos_token_id
+    assert messages_ids(tokenizer, chat, finished=True).count(end) == 2
+    assert messages_ids(tokenizer, chat, finished=False).count(end) == 1
+
+
+def test_bradley_terry_training_orders_pairs_that_it_has_not_seen():
+    model = classifier("llama")
+    draw = torch.Generator().manual_seed(0)
+    bodies = [torch.randint(20, 60, (5,), generator=draw).tolist() for _ in range(200)]
+    pairs = [([1, *body, 10, 2], [1, *body, 11, 2]) for body in bodies]
+    before = train_rm.pair_accuracy(model, pairs[150:], 0)
+    train_rm.train_reward_model(model, pairs[:150], steps=30, batch_size=16, lr=3e-3, pad_id=0, seed=0)
+    assert train_rm.pair_accuracy(model, pairs[150:], 0) == 1.0 > before - 1e-9
+    mean, std = train_rm.standardise(model, [c for c, _ in pairs], 0)
+    rewards = (score(model, [c for c, _ in pairs], 0) - model.config.reward_mean) / model.config.reward_std
+    assert rewards.mean().abs() < 1e-3 and rewards.std().item() == pytest.approx(1, abs=1e-3) and (mean, std) != (0, 1)
+
+
+def test_bradley_terry_loss_is_the_negative_log_probability_of_the_choice():
+    a, b = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
+    torch.testing.assert_close(bradley_terry_loss(a, b), -(a - b).sigmoid().log().mean())
+
+
+def test_fingerprint_follows_the_weights_and_not_the_place(tmp_path):
+    names = [tmp_path / n for n in "abc"]
+    for i, folder in enumerate(names):
+        torch.manual_seed(i // 2)
+        LlamaForSequenceClassification(toy.make_config(toy.make_tokenizer(), num_labels=1)).save_pretrained(folder)
+    a, b, c = (fingerprint(str(n)) for n in names)
+    assert a == b != c
