@@ -199,6 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def _drain(self, left: int) -> None:
         """Take in some of an oversized body, so that the client reads our answer instead of a broken pipe."""
         left, end = min(left, MAX_BODY), time.monotonic() + 1.0
+        self.connection.settimeout(1.0)
         with contextlib.suppress(OSError):
             while left > 0 and time.monotonic() < end and (part := self.rfile.read1(min(left, 1 << 16))):  # type: ignore[attr-defined]
                 left -= len(part)

@@ -1,0 +1,167 @@
+"""Bad input: one sentence that names the flag and the fix, exit code 2, no traceback, and no model loaded."""
+
+import json
+import socket
+
+import pytest
+from conftest import metrics, script, tiny_llama
+from transformers import GenerationConfig
+
+from recipes import toy
+from reinforce.config import ServeConfig, TrainConfig, parse
+from reinforce.errors import ConfigError
+from reinforce.policy import end_tokens, load_policy, load_tokenizer
+
+HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (["--baseline", "critic"], "--baseline"), (["--num-rollouts-per-prompt", "1"], "--num-rollouts-per-prompt is 1"),
+    (["--baseline", "grpo", "--num-rollouts-per-prompt", "1"], "--baseline grpo"), (["--top-p", "0.9"], "--top-k and --top-p"),
+    (["--top-k", "5"], "--top-k and --top-p"), (["--lr", "0"], "--lr"), (["--lr", "fast"], "--lr"), (["--max-steps", "0"], "--max-steps"),
+    (["--rollout-micro-batch-size", "3"], "smaller than a group"), (["--min-new-tokens", "24"], "--min-new-tokens 24"),
+    (["--policy", "x"], "--policy without --train-data"), (["--train-data", "x"], "come as a set"), (HERE, "come as a set"),
+    (["--rm-host", "x"], "--rm-host and --rm-port"), (["--ema-decay", "1"], "--ema-decay"), (["--end-strings", ""], "--end-strings"),
+    (["--num-rollouts", "3"], "unrecognized"), (["--temperature", "0"], "--temperature"), (["--adam-betas", "0.9", "1"], "--adam-betas"),
+    (["--initial-policy-kl-penalty", "-1"], "--initial-policy-kl-penalty"), (["--val-top-p", "0"], "--val-top-p"),
+])  # fmt: skip
+def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
+    with pytest.raises(ConfigError) as refused:
+        parse(TrainConfig, "", flags)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_seeds_spellings_of_the_baselines_are_accepted():
+    assert [parse(TrainConfig, "", ["--baseline", name]).baseline for name in ("RLOO", "ReMax", "none")] == ["rloo", "remax", "none"]
+
+
+@pytest.mark.parametrize(("config", "words"), [(TrainConfig, ["sampling:", "batch sizes:", "(default: 0.05)", "tokens"]),
+                                               (ServeConfig, ["server:", "--ready-file", "(default: 32)"])])  # fmt: skip
+def test_help_is_grouped_and_shows_units_and_defaults(config, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(config, "what it does", ["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and all(word in text for word in words)
+    import dataclasses
+
+    assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(config))
+
+
+def refused(*flags, code=2, **how):
+    """Run train.py, which must end with this code and one sentence; return it."""
+    out = script("train.py", *flags, **how)
+    lines = [line for line in out.stdout.splitlines() if line.startswith("train.py: ")]
+    assert out.returncode == code and len(lines) == 1 and "Traceback" not in out.stdout, out.stdout
+    return lines[0]
+
+
+def own(small, *flags, policy=None, data=None):
+    return ["--policy", policy or small / "policy", "--train-data", data or small / "train.jsonl", *HERE, *flags]
+
+
+def test_a_reward_server_that_is_not_there_ends_with_exit_json(small, tmp_path):
+    line = refused(*own(small, "--log-dir", tmp_path / "run"))
+    assert "--rm-wait" in line and "http://127.0.0.1:9" in line
+    assert json.loads((tmp_path / "run/exit.json").read_text()) == {"code": 2, "reason": line.removeprefix("train.py: ")}
+    assert "within 1 s" in refused(*own(small, "--rm-wait", "1"), code=75)
+
+
+def test_a_web_server_is_not_a_reward_server(small):
+    import functools
+    import http.server
+    import threading
+
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=small)) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        line = refused("--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1",
+                       "--rm-port", web.server_port, "--rm-wait", "60")  # fmt: skip
+        web.shutdown()
+    assert "not a reward server" in line and "text/html" in line
+
+
+def test_a_malformed_line_is_reported_before_any_server_or_model_is_asked_for(small, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"prompt": \n')
+    assert "bad.jsonl:2" in refused(*own(small, data=tmp_path / "bad.jsonl", policy="does/not-exist"))
+    assert "no such file" in refused(*own(small, data=tmp_path / "none.jsonl"))
+
+
+def test_more_ranks_than_prompts_are_refused(small):
+    assert "fewer prompts than the 4 ranks" in refused("--num-rollout-samples", "2", WORLD_SIZE=4, RANK=0)
+    assert "on several nodes" in refused(WORLD_SIZE=4, RANK=0, GROUP_WORLD_SIZE=2)
+
+
+def test_a_gpu_that_is_not_there_is_named(small):
+    assert "--device cuda" in refused(*own(small, "--device", "cuda"), CUDA_VISIBLE_DEVICES="")
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path, server_port):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", server_port]
+    assert "holds another run" in refused(*flags, "--log-dir", tmp_path)
+    assert metrics(tmp_path) == [{}]
+
+
+@pytest.fixture(scope="module")
+def server_port(small, tmp_path_factory):
+    from test_server import serving
+
+    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model") as (_, port, _p):
+        yield port
+
+
+def broken_policy(folder, small, change):
+    """A copy of the small policy with one thing wrong."""
+    import shutil
+
+    shutil.copytree(small / "policy", folder)
+    change(folder)
+    return str(folder)
+
+
+def test_a_model_without_an_end_token_is_refused(small, tmp_path):
+    def drop_end(folder):
+        for name in ("tokenizer_config.json", "generation_config.json"):
+            text = json.loads((folder / name).read_text())
+            text.pop("eos_token", None), text.pop("eos_token_id", None)
+            (folder / name).write_text(json.dumps(text))
+
+    policy = broken_policy(tmp_path / "p", small, drop_end)
+    with pytest.raises(ConfigError, match="no end token"):
+        end_tokens(policy, load_tokenizer(policy))
+
+
+def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small, tmp_path):
+    policy = broken_policy(tmp_path / "p", small, lambda f: GenerationConfig(eos_token_id=[7, 9]).save_pretrained(f))
+    assert end_tokens(policy, load_tokenizer(policy)) == (2, 7, 9)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    tiny_llama(vocabulary=20).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, model 20"):
+        load_policy(str(tmp_path), tokenizer, "cpu")
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token_and_says_so(small, tmp_path, capsys):
+    def drop_pad(folder):
+        text = json.loads((folder / "tokenizer_config.json").read_text())
+        text.pop("pad_token")
+        (folder / "tokenizer_config.json").write_text(json.dumps(text))
+
+    tokenizer = load_tokenizer(broken_policy(tmp_path / "p", small, drop_pad))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert "no pad token" in capsys.readouterr().out
+
+
+def test_a_hub_id_says_what_it_is_trying_before_it_waits(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no wait here; with a network it would ask
+    with pytest.raises(ConfigError, match="nobody/nothing"):
+        load_tokenizer("nobody/nothing")
+    assert "asking the Hugging Face hub" in capsys.readouterr().out
+
+
+def test_a_context_too_short_for_the_response_is_refused(small, server_port):
+    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", server_port]
+    assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
+    assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2")

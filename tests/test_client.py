@@ -1,0 +1,240 @@
+"""The reward client against a server that misbehaves on purpose, byte by byte."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from reinforce.errors import ConfigError, RetryError
+from reinforce.rm_client import RewardClient, RewardError
+
+INFO = {"model": "m", "fingerprint": "f" * 64, "max_texts": 3}
+
+
+def reply(body, status=200, kind="application/json", extra=b"", length=None):
+    """Bytes of an HTTP answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    n = len(data) if length is None else length
+    return b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n%s\r\n" % (status, kind.encode(), n, extra) + data
+
+
+class BadServer:
+    """Plays one scripted answer per POST (the last one again and again); /info is answered properly unless told otherwise."""
+
+    def __init__(self, *answers, info=INFO):
+        self.answers, self.info, self.posts = list(answers), info, []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._talk, args=(self.socket.accept()[0],), daemon=True).start()
+
+    def _talk(self, connection):
+        with connection, contextlib.suppress(OSError):
+            while True:
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    part = connection.recv(65536)
+                    if not part:
+                        return
+                    head += part
+                head, _, body = head.partition(b"\r\n\r\n")
+                length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length")), 0)
+                while len(body) < length:
+                    body += connection.recv(65536)
+                if head.startswith(b"GET"):
+                    connection.sendall(self.info if isinstance(self.info, bytes) else reply(self.info))
+                    continue
+                self.posts.append(json.loads(body))
+                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                if callable(answer):
+                    answer = answer(self.posts[-1], connection)
+                if answer is None:
+                    return
+                connection.sendall(answer)
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.fixture
+def server():
+    made = []
+
+    def make(*answers, **how):
+        made.append(BadServer(*answers, **how))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def client(server, **how):
+    return RewardClient("127.0.0.1", server.port, **{"timeout": 1.0, "deadline": 3.0, **how})
+
+
+def good(request, connection=None):
+    return reply({"rewards": [float(len(t)) for t in request["query"]], "id": request["id"]})
+
+
+def test_rewards_come_back_in_order_and_requests_are_split_to_the_servers_limit(server):
+    s = server(good)
+    assert client(s).rewards(query=["a" * n for n in range(1, 8)], finished=[True] * 7) == [1, 2, 3, 4, 5, 6, 7]
+    assert [len(p["query"]) for p in s.posts] == [3, 3, 1] and [len(p["finished"]) for p in s.posts] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("rewards", [
+    [], [1.0], [1.0, 2.0, 3.0], [[1.0], [2.0]], {"0": 1.0, "1": 2.0}, [1.0, None], [1.0, True], [1.0, "0.5"], "12", None,
+])  # fmt: skip
+def test_answers_of_another_shape_end_the_run_at_once(server, rewards):
+    s = server(reply({"rewards": rewards}))
+    with pytest.raises(RewardError):
+        client(s).rewards(query=["a", "b"])
+    assert len(s.posts) == 1
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+def test_numbers_that_are_not_finite_end_the_run(server, value):
+    with pytest.raises(RewardError, match="not a finite number"):
+        client(server(reply(b'{"rewards": [1.0, %s]}' % value))).rewards(query=["a", "b"])
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500, 507, 302])
+def test_statuses_that_a_retry_cannot_cure_end_the_run_even_with_plausible_rewards(server, status):
+    s = server(reply({"rewards": [1.0]}, status, extra=b"Location: http://127.0.0.1:1/\r\n"))
+    with pytest.raises(RewardError, match=str(status)):
+        client(s).rewards(query=["a"])
+    assert len(s.posts) == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_statuses_that_may_pass_are_tried_again(server, status):
+    s = server(reply({}, status), reply({}, status), good)
+    assert client(s, deadline=10).rewards(query=["abc"]) == [3.0]
+    assert len(s.posts) == 3 and s.posts[0] == s.posts[2]
+
+
+def test_retry_after_is_honoured(server):
+    s = server(reply({}, 429, extra=b"Retry-After: 1\r\n"), good)
+    start = time.monotonic()
+    client(s, deadline=10).rewards(query=["a"])
+    assert time.monotonic() - start >= 1.0
+
+
+@pytest.mark.parametrize("cut", [
+    lambda r, c: None, lambda r, c: reply(b'{"rewards": [1', length=500)[:-1], lambda r, c: reply(b'{"rewards": [1')
+])  # fmt: skip
+def test_cut_answers_are_tried_again_and_then_given_up_with_code_75(server, cut):
+    def once(request, connection):
+        data = cut(request, connection)
+        if data:
+            connection.sendall(data)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    assert client(server(once, good), deadline=10).rewards(query=["abc"]) == [3.0]
+    with pytest.raises(RetryError, match="within"):
+        client(server(once), deadline=1.0).rewards(query=["abc"])
+
+
+def test_a_server_that_never_answers_or_drips_ends_at_the_deadline(server):
+    def drip(request, connection):
+        connection.sendall(reply(b"", length=1000))
+        for _ in range(100):
+            connection.sendall(b" ")
+            time.sleep(0.1)
+
+    for behaviour in (drip, lambda r, c: time.sleep(5)):
+        start = time.monotonic()
+        with pytest.raises(RetryError):
+            client(server(behaviour), timeout=0.5, deadline=1.5).rewards(query=["a"])
+        assert time.monotonic() - start < 4
+
+
+def test_a_kept_connection_that_the_server_closed_is_opened_again_without_a_pause(server):
+    def then_close(request, connection):
+        connection.sendall(good(request))
+        connection.shutdown(socket.SHUT_RDWR)
+
+    c = client(server(then_close))
+    assert [c.rewards(query=["ab"]) for _ in range(3)] == [[2.0]] * 3
+
+
+def test_another_model_after_a_failure_ends_the_run(server):
+    s = server(reply({}, 503), reply({}, 503), good)
+    c = client(s, deadline=10)
+    c.connect()
+    s.info = {**INFO, "fingerprint": "0" * 64}
+    with pytest.raises(RewardError, match="another model"):
+        c.rewards(query=["a"])
+
+
+def test_a_pinned_fingerprint_must_match_at_the_start(server):
+    with pytest.raises(ConfigError, match="--rm-fingerprint"):
+        client(server(good), fingerprint="0" * 64).connect()
+    assert client(server(good), fingerprint="f" * 64).connect().model == "m"
+
+
+def test_a_shuffled_id_is_another_requests_answer(server):
+    with pytest.raises(RewardError, match="another request"):
+        client(server(reply({"rewards": [1.0], "id": "other"}))).rewards(query=["a"])
+
+
+def test_a_server_without_info_is_probed_by_one_text_and_a_foreign_service_refused(server, capsys):
+    missing = reply(b"<html>", 404, "text/html")
+    c = client(server(lambda r, _: reply({"rewards": [0.5] * len(r["query"])}), info=missing))
+    assert c.rewards(query=["a"]) == [0.5]
+    assert "not pinned" in capsys.readouterr().err
+    start = time.monotonic()
+    for answer in (reply(b"<html>", 501, "text/html"), reply({"choices": []})):
+        with pytest.raises(ConfigError, match="not a reward server"):
+            client(server(answer, info=missing)).connect(wait=60)
+    with pytest.raises(ConfigError, match="not a reward server"):
+        client(server(good, info=b"SSH-2.0-OpenSSH_9.2\r\n")).connect(wait=60)
+    assert time.monotonic() - start < 5
+
+
+def test_nobody_there_is_a_configuration_error_without_a_wait_and_a_retry_after_one():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ConfigError, match="--rm-wait"):
+        RewardClient("127.0.0.1", port).connect()
+    with pytest.raises(RetryError, match="within 1 s"):
+        RewardClient("127.0.0.1", port).connect(wait=1)
+
+
+def test_a_server_that_comes_late_is_waited_for(server):
+    with socket.create_server(("127.0.0.1", 0)) as placeholder:
+        port = placeholder.getsockname()[1]
+    late = []
+
+    def start():
+        time.sleep(1.0)
+        made = BadServer.__new__(BadServer)
+        made.answers, made.info, made.posts, made.port = [good], INFO, [], port
+        made.socket = socket.create_server(("127.0.0.1", port))
+        late.append(made)
+        made._accept()
+
+    threading.Thread(target=start, daemon=True).start()
+    assert RewardClient("127.0.0.1", port).connect(wait=20).model == "m"
+    late[0].close()
+
+
+def test_a_proxy_in_the_environment_is_not_used(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert client(server(good)).rewards(query=["abc"]) == [3.0]
+
+
+def test_columns_of_different_lengths_are_a_programming_error(server):
+    with pytest.raises(ValueError, match="different lengths"):
+        client(server(good)).rewards(query=["a"], prompts=[])
+    with pytest.raises(ValueError, match="exactly one"):
+        client(server(good)).rewards()

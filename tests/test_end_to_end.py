@@ -1,0 +1,257 @@
+"""The real thing: reward server and trainer as processes, the toy learned, two ranks equal, every stop clean."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, metrics, script, torchrun
+from safetensors.torch import load_file
+from test_server import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reinforce.config import BASELINES
+
+KEYS = """step reward reward_std kl objective advantage_std loss grad_norm lr entropy response_length finished zero_signal logprob_gap
+ratio_clipped tokens_per_s time_rollout time_reward time_reference time_update prompts_seen epoch""".split()
+
+
+def weights(run, step):
+    return load_file(run / f"checkpoints/step-{step:06d}/model.safetensors")
+
+
+def last_weights(run):
+    return load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def server_port(small, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model", "--inference-micro-batch-size", 1) as (_, port, _p):
+        yield port
+
+
+@pytest.fixture
+def flags(small, server_port, tmp_path):
+    """A run of three steps on the small models: six prompts a step, K = 2."""
+    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
+            "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2",
+            "--max-new-tokens", "8", "--val-check-interval", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy_folder, tmp_path_factory):
+    """launch.sh as the README has it, but half as long."""
+    run = tmp_path_factory.mktemp("toy") / "run"
+    out = subprocess.run(
+        [ROOT / "launch.sh", "--log-dir", run, "--max-steps", "50"], env=environment(VIRTUAL_ENV=sys.prefix, PATH=path()), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, stdin=subprocess.DEVNULL, cwd=run.parent,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    return run, out.stdout
+
+
+def path():
+    return f"{sys.prefix}/bin:{os.environ['PATH']}"
+
+
+def test_launch_trains_the_toy_against_the_served_reward_model_and_the_reward_rises(toy_run):
+    run, out = toy_run
+    lines = metrics(run)
+    reward = [line["reward"] for line in lines]
+    assert len(lines) == 50 and abs(reward[0]) < 0.5
+    assert sum(reward[-5:]) / 5 >= 1.0 and max(line["kl"] for line in lines) <= 10
+    after = next(line for line in out.splitlines() if line.startswith("   after"))
+    assert float(after.split()[1]) >= 0.8, "the grammar's own label, which training never saw"
+    assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
+
+
+def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
+    run, out = toy_run
+    assert "device cpu · fp32" in out.replace("\r", "\n").splitlines()[1] or "device cpu" in out
+    for word in ("warning", "Warning", "deprecated", "Traceback", "OMP_NUM_THREADS"):
+        assert word not in out
+    assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"curves {run}/curves.png" in out
+
+
+def test_the_run_folder_holds_what_was_promised(toy_run):
+    run, _ = toy_run
+    assert all(set(KEYS) <= set(line) for line in metrics(run))
+    assert [line["step"] for line in metrics(run) if "val_reward" in line] == [25, 50]
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 50 * 16 and all(len(r["response"]) == len(r["reward"]) == len(r["advantage"]) == 4 for r in rows)
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and any((run / "tensorboard").iterdir())
+    assert json.loads((run / "config.json").read_text())["baseline"] == "rloo"
+    first = [r for r in rows if r["step"] == 1]
+    line = metrics(run)[0]
+    assert line["reward"] == pytest.approx(sum(sum(r["reward"]) for r in first) / 64)
+    assert line["kl"] == pytest.approx(sum(sum(r["kl"]) for r in first) / 64) and abs(line["kl"]) < 1e-3
+    assert line["response_length"] == pytest.approx(sum(sum(r["length"]) for r in first) / 64)
+    assert line["objective"] == pytest.approx(line["reward"] - 0.05 * line["kl"])
+
+
+def test_a_checkpoint_opens_in_transformers_with_the_trained_policys_logits(toy_run, toy_folder):
+    run, _ = toy_run
+    folder = run / "checkpoints/step-000050"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("anna on the pizza in rome : the crust was", return_tensors="pt").input_ids
+    raw = AutoModelForCausalLM.from_config(model.config)
+    raw.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    raw.tie_weights()
+    torch.testing.assert_close(model(ids).logits, raw.eval()(ids).logits, rtol=0, atol=1e-5)
+    before = AutoModelForCausalLM.from_pretrained(toy_folder / "policy")
+    assert (before(ids).logits - model(ids).logits).abs().max() > 0.1
+
+
+def test_torchrun_typed_alone_trains_the_toy_and_stops_the_server_that_it_started(toy_folder, tmp_path):
+    out = torchrun(1, "--baseline", "rloo", "--max-steps", "2", "--log-dir", tmp_path / "run", cwd=tmp_path)
+    assert out.returncode == 0, out.stdout
+    port = int(out.stdout.split("reward server: http://127.0.0.1:")[1].split()[0])
+    import socket
+
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert not all(torch.equal(a, b) for a, b in zip(load_file(toy_folder / "policy/model.safetensors").values(),
+                                                     weights(tmp_path / "run", 2).values(), strict=True))  # fmt: skip
+
+
+PROBE = """
+import hashlib, os, sys
+sys.path.insert(0, {root!r}); sys.argv[0] = "train.py"
+import train
+keep = train.train
+def watched(config, actor, *rest):
+    try:
+        keep(config, actor, *rest)
+    finally:
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
+        open(os.path.join({out!r}, "rank" + os.environ["RANK"]), "w").write(digest)
+train.train = watched
+train.main()
+"""
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_two_ranks_end_with_bitwise_equal_parameters(baseline, small, flags, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE.format(root=str(ROOT), out=str(tmp_path)))
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "probe.py", *flags, "--baseline",
+                 baseline, "--max-steps", 2, "--log-dir", tmp_path / "run", OMP_NUM_THREADS=1)  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    first, second = ((tmp_path / f"rank{r}").read_text() for r in (0, 1))
+    assert first == second
+    before, after = load_file(small / "policy/model.safetensors"), last_weights(tmp_path / "run")
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_one_rank_and_two_ranks_take_the_same_first_step(flags, tmp_path):
+    """Rollouts, rewards, advantages and the gradient before clipping do not depend on the number of ranks."""
+    lines = {}
+    for ranks in (1, 2):
+        out = torchrun(ranks, *flags, "--max-steps", "1", "--baseline", "rloo", "--log-dir", tmp_path / str(ranks))
+        assert out.returncode == 0, out.stdout
+        lines[ranks] = metrics(tmp_path / str(ranks))[0]
+    rollouts = [[json.loads(x) for x in (tmp_path / n / "rollouts.jsonl").read_text().splitlines()] for n in "12"]
+    assert [r["response"] for r in rollouts[0]] == [r["response"] for r in rollouts[1]]
+    assert [r["index"] for r in rollouts[0]] == [r["index"] for r in rollouts[1]]
+    for a, b in zip(*rollouts, strict=True):
+        assert a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
+    for key in ("reward", "kl", "entropy", "loss", "response_length", "val_reward"):
+        assert lines[1][key] == pytest.approx(lines[2][key], abs=2e-5), key
+    assert lines[2]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=1e-4)
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(flags, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        out = script("train.py", *flags, "--max-steps", "2", "--seed", seed, "--log-dir", tmp_path / name, OMP_NUM_THREADS=1)
+        assert out.returncode == 0, out.stdout
+    timed = lambda line: {k: v for k, v in line.items() if not k.startswith("time_") and k != "tokens_per_s"}  # noqa: E731
+    a, b, c = ([timed(line) for line in metrics(tmp_path / n)] for n in "abc")
+    assert a == b != c
+    assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "a", 2).values(), weights(tmp_path / "b", 2).values(), strict=True))
+
+
+def test_micro_batches_change_nothing_but_memory(flags, tmp_path):
+    sizes = {"a": [], "b": ["--micro-batch-size", "1", "--rollout-micro-batch-size", "2", "--forward-micro-batch-size", "3",
+                            "--micro-batch-tokens", "1", "--val-rollout-micro-batch-size", "1"]}  # fmt: skip
+    for name, extra in sizes.items():
+        out = script("train.py", *flags, *extra, "--max-steps", "1", "--log-dir", tmp_path / name, OMP_NUM_THREADS=1)
+        assert out.returncode == 0, out.stdout
+    a, b = (metrics(tmp_path / n)[0] for n in "ab")
+    for key in ("reward", "kl", "loss", "grad_norm", "entropy", "val_reward"):
+        assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-5), key
+
+
+def test_without_a_kl_penalty_no_reference_is_loaded_and_kl_is_null(flags, tmp_path):
+    out = script("train.py", *flags, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir", tmp_path / "run")
+    assert out.returncode == 0, out.stdout
+    line = metrics(tmp_path / "run")[0]
+    assert line["kl"] is None and line["time_reference"] < 0.05 and line["objective"] == line["reward"]
+
+
+def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags, tmp_path):
+    (tmp_path / "one.py").write_text("def one(prompts, completions, labels):\n    return [1.0] * len(prompts)\n")
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/one.py:one") as (_, port, _p):
+        out = script("train.py", *flags, "--rm-port", port, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir",
+                     tmp_path / "run")  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    line = metrics(tmp_path / "run")[0]
+    assert line["zero_signal"] == 1.0 and line["grad_norm"] == 0.0 and line["reward_std"] == 0.0
+    before, after = load_file(small / "policy/model.safetensors"), weights(tmp_path / "run", 1)
+    assert all(torch.equal(before[n], after[n]) for n in after)
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, tmp_path):
+    (tmp_path / "nan.py").write_text("def nan(prompts, completions, labels):\n    return [float('nan')] * len(prompts)\n")
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/nan.py:nan") as (_, port, _p):
+        ready = tmp_path / "run"
+        out = script("train.py", *flags, "--rm-port", port, "--log-dir", ready)
+    assert out.returncode == 1 and "Traceback" not in out.stdout
+    assert json.loads((ready / "exit.json").read_text())["code"] == 1 and not (ready / "checkpoints").exists()
+
+
+def test_responses_of_length_one_and_responses_without_an_end_are_trained_on(small, flags, tmp_path):
+    for limit in ("1", "2"):
+        out = script("train.py", *flags, "--max-new-tokens", limit, "--max-steps", "1", "--log-dir", tmp_path / limit)
+        assert out.returncode == 0, out.stdout
+        line = metrics(tmp_path / limit)[0]
+        assert line["grad_norm"] > 0 and line["finished"] < 0.5 and line["response_length"] <= int(limit)
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(flags, tmp_path):
+    run = tmp_path / "run"
+    trainer = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--max-epochs", "500", "--log-dir", str(run)],
+                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    end = time.monotonic() + 90
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+        assert time.monotonic() < end and trainer.poll() is None
+        time.sleep(0.1)
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(60) == 75
+    done = len(metrics(run))
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    assert json.loads((run / f"checkpoints/step-{done:06d}/state.json").read_text())["step"] == done
+
+
+def test_only_loopback_is_ever_connected_to(toy_folder, tmp_path):
+    """The default path, with every connection of every process recorded."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket, os\nreal = socket.socket.connect\n"
+        "def connect(self, address):\n"
+        "    if isinstance(address, tuple):\n"
+        f"        open({str(tmp_path / 'seen')!r}, 'a').write(str(address[0]) + '\\n')\n"
+        "    return real(self, address)\nsocket.socket.connect = connect\n"
+        "look = socket.getaddrinfo\n"
+        "def getaddrinfo(host, *a, **k):\n"
+        f"    open({str(tmp_path / 'seen')!r}, 'a').write(str(host) + '\\n')\n"
+        "    return look(host, *a, **k)\nsocket.getaddrinfo = getaddrinfo\n"
+    )
+    online = {k: v for k, v in environment().items() if not k.startswith("HF_")}
+    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--max-steps", "1", "--log-dir", str(tmp_path / "run")],
+                         env={**online, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    assert set((tmp_path / "seen").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
