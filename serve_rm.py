@@ -47,7 +47,7 @@ class Reward:
     encode: Callable[["Text"], Any]
     score: Callable[[list[Any]], list[float]]
     size: Callable[[Any], int]
-    example: Any
+    example: Any  # scored once before the server calls itself ready; None: nothing to warm up
     model: str
     fingerprint: str
     mean: float
@@ -136,7 +136,7 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
-    return Reward(encode, run, lambda item: len(item[1]), ("hello", "hello", None), name, digest, mean, std)
+    return Reward(encode, run, lambda item: len(item[1]), None, name, digest, mean, std)
 
 
 class RewardHandler(Handler):
@@ -320,7 +320,8 @@ def serve(config: ServeConfig) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        batcher.submit([reward.example], time.monotonic() + 600).result()
+        if reward.example is not None:
+            batcher.submit([reward.example], time.monotonic() + 600).result()
         RewardHandler.warm = True
         host, port = server.server_address[:2]
         print(f"serving {reward.model} at http://{host}:{port}", flush=True)

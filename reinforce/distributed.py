@@ -31,7 +31,7 @@ def world_size() -> int:
 
 def start(device: torch.device) -> None:
     """Join the other ranks. Gloo carries Python objects and CPU tensors, NCCL what is on a GPU."""
-    if world_size() > 1:
+    if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 

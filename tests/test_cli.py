@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from conftest import metrics, script, tiny_llama
+from conftest import metrics, script, tiny_llama, train_here
 from transformers import GenerationConfig
 
 from recipes import toy
@@ -49,7 +49,7 @@ def test_help_is_grouped_and_shows_units_and_defaults(config, words, capsys):
 
 def refused(*flags, code=2, **how):
     """Run train.py, which must end with this code and one sentence; return it."""
-    out = script("train.py", *flags, **how)
+    out = train_here(*flags, **how)
     lines = [line for line in out.stdout.splitlines() if line.startswith("train.py: ")]
     assert out.returncode == code and len(lines) == 1 and "Traceback" not in out.stdout, out.stdout
     return lines[0]
@@ -91,8 +91,14 @@ def test_more_ranks_than_prompts_are_refused(small):
     assert "on several nodes" in refused(WORLD_SIZE=4, RANK=0, GROUP_WORLD_SIZE=2)
 
 
-def test_a_gpu_that_is_not_there_is_named(small):
-    assert "--device cuda" in refused(*own(small, "--device", "cuda"), CUDA_VISIBLE_DEVICES="")
+def test_a_gpu_that_is_not_there_is_named(small, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cuda" in refused(*own(small, "--device", "cuda"))
+
+
+def test_a_refusal_is_the_only_line_that_a_process_prints(small):
+    out = script("train.py", "--num-rollouts-per-prompt", "1")
+    assert out.returncode == 2 and out.stdout.count("\n") == 1 and out.stdout.startswith("train.py: --baseline rloo compares")
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path, server_port):

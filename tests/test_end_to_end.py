@@ -1,5 +1,6 @@
 """The real thing: reward server and trainer as processes, the toy learned, two ranks equal, every stop clean."""
 
+import functools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, script, torchrun
+from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from safetensors.torch import load_file
 from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,37 +123,46 @@ def test_torchrun_typed_alone_trains_the_toy_and_stops_the_server_that_it_starte
 
 PROBE = """
 import hashlib, os, sys
-sys.path.insert(0, {root!r}); sys.argv[0] = "train.py"
+sys.path.insert(0, {root!r})
 import train
-keep = train.train
+keep, flags, leave = train.train, sys.argv[1:], train.distributed.stop
+train.distributed.stop = lambda: None  # one process group for all six runs
 def watched(config, actor, *rest):
-    try:
-        keep(config, actor, *rest)
-    finally:
-        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
-        open(os.path.join({out!r}, "rank" + os.environ["RANK"]), "w").write(digest)
+    keep(config, actor, *rest)
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
+    open(os.path.join({out!r}, config.baseline + os.environ["RANK"]), "w").write(digest)
 train.train = watched
-train.main()
+for baseline in {baselines!r}:
+    sys.argv = ["train.py", *flags, "--baseline", baseline, "--log-dir", os.path.join({out!r}, baseline)]
+    try:
+        train.main()
+    except SystemExit as done:
+        assert done.code == 0
+leave()
 """
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_two_ranks_end_with_bitwise_equal_parameters(baseline, small, flags, tmp_path):
-    (tmp_path / "probe.py").write_text(PROBE.format(root=str(ROOT), out=str(tmp_path)))
-    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "probe.py", *flags, "--baseline",
-                 baseline, "--max-steps", 2, "--log-dir", tmp_path / "run", OMP_NUM_THREADS=1)  # fmt: skip
+def test_two_ranks_end_with_bitwise_equal_parameters_for_every_baseline(small, flags, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE.format(root=str(ROOT), out=str(tmp_path), baselines=BASELINES))
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "probe.py", *flags,
+                 "--max-steps", 2, OMP_NUM_THREADS=1)  # fmt: skip
     assert out.returncode == 0, out.stdout
-    first, second = ((tmp_path / f"rank{r}").read_text() for r in (0, 1))
-    assert first == second
-    before, after = load_file(small / "policy/model.safetensors"), last_weights(tmp_path / "run")
-    assert any(not torch.equal(before[name], after[name]) for name in after)
+    before, ends = load_file(small / "policy/model.safetensors"), set()
+    for baseline in BASELINES:
+        first, second = ((tmp_path / f"{baseline}{r}").read_text() for r in (0, 1))
+        assert first == second
+        ends.add(first)
+        after = last_weights(tmp_path / baseline)
+        assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert len(ends) == len(BASELINES)
 
 
 def test_one_rank_and_two_ranks_take_the_same_first_step(flags, tmp_path):
     """Rollouts, rewards, advantages and the gradient before clipping do not depend on the number of ranks."""
     lines = {}
     for ranks in (1, 2):
-        out = torchrun(ranks, *flags, "--max-steps", "1", "--baseline", "rloo", "--log-dir", tmp_path / str(ranks))
+        run = train_here if ranks == 1 else functools.partial(torchrun, 2)
+        out = run(*flags, "--max-steps", "1", "--baseline", "rloo", "--log-dir", tmp_path / str(ranks))
         assert out.returncode == 0, out.stdout
         lines[ranks] = metrics(tmp_path / str(ranks))[0]
     rollouts = [[json.loads(x) for x in (tmp_path / n / "rollouts.jsonl").read_text().splitlines()] for n in "12"]
@@ -167,7 +177,7 @@ def test_one_rank_and_two_ranks_take_the_same_first_step(flags, tmp_path):
 
 def test_the_same_command_gives_the_same_run_and_another_seed_another(flags, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        out = script("train.py", *flags, "--max-steps", "2", "--seed", seed, "--log-dir", tmp_path / name, OMP_NUM_THREADS=1)
+        out = train_here(*flags, "--max-steps", "2", "--seed", seed, "--log-dir", tmp_path / name)
         assert out.returncode == 0, out.stdout
     timed = lambda line: {k: v for k, v in line.items() if not k.startswith("time_") and k != "tokens_per_s"}  # noqa: E731
     a, b, c = ([timed(line) for line in metrics(tmp_path / n)] for n in "abc")
@@ -179,7 +189,7 @@ def test_micro_batches_change_nothing_but_memory(flags, tmp_path):
     sizes = {"a": [], "b": ["--micro-batch-size", "1", "--rollout-micro-batch-size", "2", "--forward-micro-batch-size", "3",
                             "--micro-batch-tokens", "1", "--val-rollout-micro-batch-size", "1"]}  # fmt: skip
     for name, extra in sizes.items():
-        out = script("train.py", *flags, *extra, "--max-steps", "1", "--log-dir", tmp_path / name, OMP_NUM_THREADS=1)
+        out = train_here(*flags, *extra, "--max-steps", "1", "--log-dir", tmp_path / name)
         assert out.returncode == 0, out.stdout
     a, b = (metrics(tmp_path / n)[0] for n in "ab")
     for key in ("reward", "kl", "loss", "grad_norm", "entropy", "val_reward"):
@@ -187,7 +197,7 @@ def test_micro_batches_change_nothing_but_memory(flags, tmp_path):
 
 
 def test_without_a_kl_penalty_no_reference_is_loaded_and_kl_is_null(flags, tmp_path):
-    out = script("train.py", *flags, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir", tmp_path / "run")
+    out = train_here(*flags, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir", tmp_path / "run")
     assert out.returncode == 0, out.stdout
     line = metrics(tmp_path / "run")[0]
     assert line["kl"] is None and line["time_reference"] < 0.05 and line["objective"] == line["reward"]
@@ -196,7 +206,7 @@ def test_without_a_kl_penalty_no_reference_is_loaded_and_kl_is_null(flags, tmp_p
 def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags, tmp_path):
     (tmp_path / "one.py").write_text("def one(prompts, completions, labels):\n    return [1.0] * len(prompts)\n")
     with serving(tmp_path, "--reward-fn", f"{tmp_path}/one.py:one") as (_, port, _p):
-        out = script("train.py", *flags, "--rm-port", port, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir",
+        out = train_here(*flags, "--rm-port", port, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir",
                      tmp_path / "run")  # fmt: skip
     assert out.returncode == 0, out.stdout
     line = metrics(tmp_path / "run")[0]
@@ -208,15 +218,15 @@ def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags
 def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, tmp_path):
     (tmp_path / "nan.py").write_text("def nan(prompts, completions, labels):\n    return [float('nan')] * len(prompts)\n")
     with serving(tmp_path, "--reward-fn", f"{tmp_path}/nan.py:nan") as (_, port, _p):
-        ready = tmp_path / "run"
-        out = script("train.py", *flags, "--rm-port", port, "--log-dir", ready)
+        run = tmp_path / "run"
+        out = train_here(*flags, "--rm-port", port, "--log-dir", run)
     assert out.returncode == 1 and "Traceback" not in out.stdout
-    assert json.loads((ready / "exit.json").read_text())["code"] == 1 and not (ready / "checkpoints").exists()
+    assert json.loads((run / "exit.json").read_text())["code"] == 1 and not (run / "checkpoints").exists()
 
 
 def test_responses_of_length_one_and_responses_without_an_end_are_trained_on(small, flags, tmp_path):
     for limit in ("1", "2"):
-        out = script("train.py", *flags, "--max-new-tokens", limit, "--max-steps", "1", "--log-dir", tmp_path / limit)
+        out = train_here(*flags, "--max-new-tokens", limit, "--max-steps", "1", "--log-dir", tmp_path / limit)
         assert out.returncode == 0, out.stdout
         line = metrics(tmp_path / limit)[0]
         assert line["grad_norm"] > 0 and line["finished"] < 0.5 and line["response_length"] <= int(limit)
