@@ -243,7 +243,9 @@ def parse_request(request: Any) -> list[Text]:
                 raise HttpError(422, "bad_text", "a lone surrogate is not text", index)
     columns = {name: _column(request, name, len(items)) for name in ("prompts", "completions", "labels", "finished")}
     return [
-        Text(item if key == "query" else None, item if key == "messages" else None, prompt, completion, label, finished is not False)
+        Text(
+            item if key == "query" else None, item if key == "messages" else None, prompt, completion, label, finished is not False
+        )
         for item, prompt, completion, label, finished in zip(items, *columns.values(), strict=True)
     ]
 
@@ -323,7 +325,7 @@ def serve(config: ServeConfig) -> int:
         if reward.example is not None:
             batcher.submit([reward.example], time.monotonic() + 600).result()
         RewardHandler.warm = True
-        host, port = server.server_address[:2]
+        host, port = config.host, server.server_address[1]
         print(f"serving {reward.model} at http://{host}:{port}", flush=True)
         if config.ready_file:
             partial = Path(f"{config.ready_file}.{os.getpid()}")
@@ -346,7 +348,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        sys.exit(serve(parse(ServeConfig, cast(str, __doc__))))
+        sys.exit(serve(parse(ServeConfig, __doc__)))
     except ConfigError as error:
         print(f"serve_rm.py: {error}", file=sys.stderr)
         sys.exit(2)

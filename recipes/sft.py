@@ -1,6 +1,6 @@
 """Supervised fine-tuning: maximise log pi(answer | prompt), the loss on the answer's tokens alone.
 
-    loss = -(1/N) sum over answer tokens of log pi(token)
+loss = -(1/N) sum over answer tokens of log pi(token)
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,9 @@ from reinforce.sampler import left_pad
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer, end token included
 
 
-def train_sft(model: nn.Module, examples: Sequence[Example], steps: int, batch_size: int, lr: float, pad_id: int, seed: int) -> float:
+def train_sft(
+    model: nn.Module, examples: Sequence[Example], steps: int, batch_size: int, lr: float, pad_id: int, seed: int
+) -> float:
     """Train in place for `steps` batches drawn at random; return the last batch's loss, nats a token."""
     device = next(model.parameters()).device
     scorer = Scorer(model, head_is_plain(model))

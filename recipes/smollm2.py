@@ -30,7 +30,9 @@ a harbour|a bowl of soup|an airport|a field of wheat|a night shift|a laundry bas
 a park bench|a power plant|a lift|a mountain road|a cup of tea|a garden fence|a newspaper|a hospital ward
 a market stall|a traffic light|a suitcase|a paper map|an attic|a basement|a coat rack|a gravel path""".replace("\n", "|").split("|")
 VALIDATION_THINGS = """a ferry|a lighthouse|a pair of shoes|a dentist's office|a foggy evening|a hotel lobby|a keyboard|a bakery
-a warehouse|a crossword|a snow plough|a farm gate|a petrol station|a piano|a courtroom|a window seat""".replace("\n", "|").split("|")
+a warehouse|a crossword|a snow plough|a farm gate|a petrol station|a piano|a courtroom|a window seat""".replace("\n", "|").split(
+    "|"
+)
 
 
 @functools.cache

@@ -35,17 +35,39 @@ sys.path.insert(0, str(ROOT))
 from recipes import sft, train_rm  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
-PEOPLE = "anna ben carla david emma felix greta hugo ines jonas kim lena max nora omar pia quinn rosa sam tara uma".split()
-PLACES = "rome paris oslo lima cairo delhi tokyo quito".split()
+PEOPLE = [
+    "anna",
+    "ben",
+    "carla",
+    "david",
+    "emma",
+    "felix",
+    "greta",
+    "hugo",
+    "ines",
+    "jonas",
+    "kim",
+    "lena",
+    "max",
+    "nora",
+    "omar",
+    "pia",
+    "quinn",
+    "rosa",
+    "sam",
+    "tara",
+    "uma",
+]
+PLACES = ["rome", "paris", "oslo", "lima", "cairo", "delhi", "tokyo", "quito"]
 PARTS = {
     "pizza": "crust sauce cheese topping", "hotel": "room bed view breakfast", "film": "plot cast music ending",
     "phone": "screen battery camera speaker", "train": "seat window service staff", "garden": "lawn pond path hedge",
     "book": "story style cover chapter", "cafe": "coffee cake chair terrace", "museum": "hall guide light map",
     "concert": "singer band sound stage",
 }  # fmt: skip
-GOOD = "superb lovely bright fresh great charming".split()
-BAD = "awful stale dull broken poor noisy".split()
-PLAIN = "plain usual ordinary average".split()
+GOOD = ["superb", "lovely", "bright", "fresh", "great", "charming"]
+BAD = ["awful", "stale", "dull", "broken", "poor", "noisy"]
+PLAIN = ["plain", "usual", "ordinary", "average"]
 MOODS = {**dict.fromkeys(GOOD, 1), **dict.fromkeys(BAD, -1), **dict.fromkeys(PLAIN, 0)}
 CLAUSE = rf"the ({'|'.join(' '.join(PARTS.values()).split())}) was (very )?({'|'.join(MOODS)})"
 MAX_CLAUSES = 3
@@ -141,7 +163,9 @@ def build(folder: Path) -> str:
 
     pairs = [preference() for _ in range(4000)]
     reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    train_rm.train_reward_model(reward_model, pairs[:3600], steps=150, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2)
+    train_rm.train_reward_model(
+        reward_model, pairs[:3600], steps=150, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2
+    )
     accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], tokenizer.pad_token_id)
     ids = [p for p, _ in examples[:256]]
     responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)

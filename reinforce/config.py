@@ -133,12 +133,18 @@ class ServeConfig:
     """Every flag of serve_rm.py."""
 
     reward_model: str | None = flag(None, "reward", "sequence classifier with one label: folder or hub id (default: the toy's)")
-    reward_fn: str | None = flag(None, "reward", "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)")
+    reward_fn: str | None = flag(
+        None, "reward", "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)"
+    )
     reward_mean: float | None = flag(None, "reward", "subtracted from the score (default: as stored with the model, else 0)")
     reward_std: float | None = flag(None, "reward", "the score is then divided by it (default: as stored with the model, else 1)")
     reward_clip: float | None = flag(None, "reward", "clip the reward to +- this")
-    max_length: int | None = flag(None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)")
-    inference_micro_batch_size: int = flag(32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise")
+    max_length: int | None = flag(
+        None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)"
+    )
+    inference_micro_batch_size: int = flag(
+        32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
+    )
 
     host: str = flag("127.0.0.1", "server", "address to listen on; any but loopback needs RM_TOKEN or RM_TOKEN_FILE")
     port: int = flag(0, "server", "port; 0: any free one")

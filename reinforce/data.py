@@ -95,8 +95,7 @@ def _items(source: str, flag: str) -> Iterator[tuple[str, Any]]:
     """(place, function that returns a checked record) of every line or row."""
     path = Path(source)
     if path.is_file():
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as lines:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 yield f"{source}:{number}", lambda line=line: parse_line(line.removesuffix(b"\n"))
     elif source.endswith((".jsonl", ".json", ".gz")) or source.startswith((".", "/", "~")) or path.is_dir():

@@ -3,8 +3,6 @@
 bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and softmax in float32.
 """
 
-from typing import Any
-
 import torch
 
 from reinforce.errors import ConfigError
@@ -27,9 +25,11 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the processor has bfloat16 matrix instructions."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch cannot tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:

@@ -1,4 +1,4 @@
-"""The two ways a run ends early on purpose; every other exception is a failure (exit code 1)."""
+"""The three ways a run ends early on purpose, each with one sentence; any other exception is a bug (exit code 1)."""
 
 
 class ConfigError(Exception):
@@ -7,3 +7,7 @@ class ConfigError(Exception):
 
 class RetryError(Exception):
     """Not your fault and maybe gone next time: run the same command again. Exit code 75."""
+
+
+class FailedError(Exception):
+    """The run cannot go on and another try would not help, a wrong answer of the reward server, say. Exit code 1."""

@@ -184,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HttpError(413, "too_large", f"at most {MAX_BODY} bytes")
         while left:
             try:
-                part = self.rfile.read1(min(left, 1 << 16))  # type: ignore[attr-defined]
+                part = self.rfile.read1(min(left, 1 << 16))
             except TimeoutError:
                 part = b""
             if not part or time.monotonic() > end:
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         left, end = min(left, MAX_BODY), time.monotonic() + 1.0
         self.connection.settimeout(1.0)
         with contextlib.suppress(OSError):
-            while left > 0 and time.monotonic() < end and (part := self.rfile.read1(min(left, 1 << 16))):  # type: ignore[attr-defined]
+            while left > 0 and time.monotonic() < end and (part := self.rfile.read1(min(left, 1 << 16))):
                 left -= len(part)
 
 

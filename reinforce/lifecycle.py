@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from reinforce import distributed
-from reinforce.errors import ConfigError, RetryError
-from reinforce.rm_client import RewardError
+from reinforce.errors import ConfigError, FailedError, RetryError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,12 +39,16 @@ class Stop:
         self.signal = signal.Signals(number).name
 
 
+def refuse_used_folder(log_dir: str | None) -> None:
+    """Raise ConfigError if the folder holds a run already."""
+    if log_dir is not None and (Path(log_dir) / "metrics.jsonl").exists():
+        raise ConfigError(f"--log-dir {log_dir} holds another run; give an empty or new folder")
+
+
 def new_run_folder(log_dir: str | None, name: str) -> Path:
-    """The run folder, made on rank 0: the given one, or runs/NAME-TIME with runs/latest pointing to it. Raises ConfigError."""
+    """The run folder, made on rank 0: the given one, or runs/NAME-TIME with runs/latest pointing to it."""
     if log_dir is not None:
         folder = Path(log_dir)
-        if (folder / "metrics.jsonl").exists():
-            raise ConfigError(f"--log-dir {log_dir} holds another run; give an empty or new folder")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -70,7 +73,7 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None]) -> int:
         code, reason = 2, str(error)
     except RetryError as error:
         code, reason = 75, str(error)
-    except RewardError as error:
+    except FailedError as error:
         code, reason = 1, str(error)
     except Exception as error:
         traceback.print_exc()

@@ -73,7 +73,8 @@ class Scorer(nn.Module):
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
         parts = [checkpoint(self._token_logp, head, *chunk, use_reentrant=False) for chunk in chunks]
-        return states.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))
+        logp = torch.zeros(mask.shape, device=mask.device)  # (B, T)
+        return logp.masked_scatter(mask, torch.cat(parts))
 
     def _token_logp(self, head: nn.Module, states: Tensor, token: Tensor, t: Tensor) -> Tensor:
         logits = policy_logits(head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens)

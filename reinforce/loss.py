@@ -35,9 +35,7 @@ def reinforce_loss(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: flo
     return _weighted(logp, advantage, weight, divisor)
 
 
-def clipped_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float
-) -> Tensor:
+def clipped_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float) -> Tensor:
     """Several optimizer steps from one rollout: -sum_b sum_t weight * min(rho A, clip(rho, 1 +- clip) A) / divisor.
 
     rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s; away from it, biased.

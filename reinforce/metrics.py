@@ -7,6 +7,7 @@ equal, which teach group baselines nothing; logprob_gap is the mean over respons
 
 import json
 import math
+import resource
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from reinforce.data import Prompt
 from reinforce.group import Group
 
 SHOWN = ("reward", "kl", "response_length", "tokens_per_s")
@@ -58,6 +60,23 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
     words = [text.split() for text in texts]
     grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
+
+
+def tell(prompts: list[Prompt], before: list[Group], after: list[Group], run: Path) -> None:
+    """The last screen: validation before and after, five samples of each, where the files are."""
+    if before:
+        print(f"\n{'validation':<12}{'reward':>16}{'tokens':>9}{'finished':>10}{'distinct-2':>12}")
+        for name, groups in (("before", before), ("after", after)):
+            reward, error = mean_reward(groups)
+            n, variety = len(groups), distinct([g.response[0] for g in groups])
+            length, finished = sum(g.length[0] for g in groups) / n, sum(g.finished[0] for g in groups) / n
+            print(f"{name:<12}{reward:>8.3f} ± {error:.3f}{length:>9.1f}{finished:>10.2f}{variety:>12.2f}")
+        for prompt, old, new in list(zip(prompts, before, after, strict=True))[:5]:
+            print(f"\nprompt  {prompt.messages[-1]['content'] if prompt.messages else prompt.text}")
+            print(f"before  {old.reward[0]:+.2f}  {old.response[0].strip()}")
+            print(f"after   {new.reward[0]:+.2f}  {new.response[0].strip()}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"\ncurves {run}/curves.png · responses {run}/rollouts.jsonl · policy {run}/checkpoints · peak memory {peak:.1f} GiB")
 
 
 class Recorder:

@@ -81,9 +81,7 @@ def load_policy(name: str, tokenizer: Any, device: torch.device, frozen_dtype: t
     """
     announce(name, "--policy")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--policy {name}: not a causal language model in safetensors ({first_line(error)})") from error
     rows = model.get_input_embeddings().weight.shape[0]
@@ -96,4 +94,4 @@ def load_policy(name: str, tokenizer: Any, device: torch.device, frozen_dtype: t
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.weight is not tied:
                 module.to(frozen_dtype)
-    return cast(nn.Module, model)
+    return model

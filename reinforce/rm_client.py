@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.errors import ConfigError, RetryError
+from reinforce.errors import ConfigError, FailedError, RetryError
 
 RETRIED = (408, 429, 502, 503, 504)
 MAX_REPLY = 64 << 20  # bytes
 PROBE = "hello"
 
 
-class RewardError(Exception):
+class RewardError(FailedError):
     """The server answered, and the answer cannot be used: trying again would not help."""
 
 
@@ -114,11 +114,12 @@ class RewardClient:
     def _score(self, columns: dict[str, list[Any]]) -> list[float]:
         self._requests += 1
         expected = len(columns.get("query") or columns.get("messages") or [])
-        request = {**columns, "id": f"{id(self):x}-{self._requests}"}
+        request_id = f"{id(self):x}-{self._requests}"
+        request = {**columns, "id": request_id}
         end, tries = time.monotonic() + self._deadline, 0
         while True:
             try:
-                return self._validate(self._call("POST", "/get_reward", request, end), request["id"], expected)
+                return self._validate(self._call("POST", "/get_reward", request, end), request_id, expected)
             except _TryAgainError as error:
                 pause = min(30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
                 tries += 1

@@ -51,6 +51,11 @@ class Rollout:
         """Response tokens per row, (B,)."""
         return self.mask.sum(1)
 
+    @property
+    def total_length(self) -> Tensor:
+        """Tokens per row, prompt and response, (B,)."""
+        return self.prompt_mask.sum(1) + self.length
+
     def take(self, rows: Sequence[int]) -> "Rollout":
         """Some of the rows, with the padding that they do not need cut off."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)

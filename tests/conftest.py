@@ -59,7 +59,10 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     tokenizer = toy.make_tokenizer()
     torch.manual_seed(0)
-    policy, reward_model = LlamaForCausalLM(toy.make_config(tokenizer)), LlamaForSequenceClassification(toy.make_config(tokenizer, num_labels=1))
+    policy, reward_model = (
+        LlamaForCausalLM(toy.make_config(tokenizer)),
+        LlamaForSequenceClassification(toy.make_config(tokenizer, num_labels=1)),
+    )
     for model, name in ((policy, "policy"), (reward_model, "reward_model")):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -1,7 +1,6 @@
 """Bad input: one sentence that names the flag and the fix, exit code 2, no traceback, and no model loaded."""
 
 import json
-import socket
 
 import pytest
 from conftest import metrics, script, tiny_llama, train_here
@@ -32,7 +31,11 @@ def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
 
 
 def test_the_seeds_spellings_of_the_baselines_are_accepted():
-    assert [parse(TrainConfig, "", ["--baseline", name]).baseline for name in ("RLOO", "ReMax", "none")] == ["rloo", "remax", "none"]
+    assert [parse(TrainConfig, "", ["--baseline", name]).baseline for name in ("RLOO", "ReMax", "none")] == [
+        "rloo",
+        "remax",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize(("config", "words"), [(TrainConfig, ["sampling:", "batch sizes:", "(default: 0.05)", "tokens"]),
@@ -101,10 +104,9 @@ def test_a_refusal_is_the_only_line_that_a_process_prints(small):
     assert out.returncode == 2 and out.stdout.count("\n") == 1 and out.stdout.startswith("train.py: --baseline rloo compares")
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path, server_port):
+def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", server_port]
-    assert "holds another run" in refused(*flags, "--log-dir", tmp_path)
+    assert "holds another run" in refused(*own(small, "--log-dir", tmp_path))
     assert metrics(tmp_path) == [{}]
 
 
@@ -168,6 +170,15 @@ def test_a_hub_id_says_what_it_is_trying_before_it_waits(capsys, monkeypatch):
 
 
 def test_a_context_too_short_for_the_response_is_refused(small, server_port):
-    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", server_port]
+    flags = [
+        "--policy",
+        small / "policy",
+        "--train-data",
+        small / "train.jsonl",
+        "--rm-host",
+        "127.0.0.1",
+        "--rm-port",
+        server_port,
+    ]
     assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
     assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2")

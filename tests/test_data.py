@@ -60,7 +60,7 @@ def test_messages_need_a_chat_template_and_are_rendered_with_it():
         tokenize(records, tokenizer, 100, "--train-data")
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}on{% endif %}"
     prompt = tokenize(records, tokenizer, 100, "--train-data")[0][0]
-    assert prompt.text == "<s> pizza : on" and list(prompt.ids) == tokenizer.convert_tokens_to_ids("<s> pizza : on".split())
+    assert prompt.text == "<s> pizza : on" and list(prompt.ids) == tokenizer.convert_tokens_to_ids(["<s>", "pizza", ":", "on"])
 
 
 def test_encoding_adds_one_begin_token_and_no_end_token():

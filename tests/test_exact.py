@@ -2,8 +2,22 @@
 
 import pytest
 import torch
-from tiny import BETA, FINISHED, GROUPS, MASK, RESPONSES, K, N, cosine, expected_gradient, logp_table, objective
-from tiny import probability, random_problem, true_gradient
+from tiny import (
+    BETA,
+    FINISHED,
+    GROUPS,
+    MASK,
+    RESPONSES,
+    K,
+    N,
+    cosine,
+    expected_gradient,
+    logp_table,
+    objective,
+    probability,
+    random_problem,
+    true_gradient,
+)
 
 from reinforce import baselines
 from reinforce.kl import abs_k1, exact_kl, k1, k2, k3, per_response
@@ -51,7 +65,10 @@ def test_group_mean_shrinks_the_gradient_by_k_minus_one_over_k_and_nothing_else(
 
 def test_grpo_turns_the_gradient_by_the_stated_amount():
     logits, ref, reward = random_problem(0)
-    got, true = expected_gradient(logits, baselines.grpo(objective(logits, ref, reward)[GROUPS])), true_gradient(logits, ref, reward)
+    got, true = (
+        expected_gradient(logits, baselines.grpo(objective(logits, ref, reward)[GROUPS])),
+        true_gradient(logits, ref, reward),
+    )
     assert round(cosine(got, true), 2) == 0.84  # the number in grpo's docstring
 
 

@@ -3,8 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_llama
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from recipes import toy, train_rm
 from reinforce.errors import ConfigError
@@ -63,7 +68,7 @@ def test_a_missing_folder_is_one_sentence(tmp_path):
 
 def test_query_text_loses_pad_tokens_and_gains_no_second_begin_token():
     tokenizer = toy.make_tokenizer()
-    expected = tokenizer.convert_tokens_to_ids("<s> pizza : the crust </s>".split())
+    expected = tokenizer.convert_tokens_to_ids(["<s>", "pizza", ":", "the", "crust", "</s>"])
     for text in ("pizza : the crust </s>", "<s> pizza : the crust </s>", "<pad> <pad> <s> pizza : the crust </s> <pad>"):
         assert query_ids(tokenizer, text) == expected
     assert query_ids(tokenizer, "pizza : the crust")[-1] != tokenizer.eos_token_id

@@ -72,7 +72,9 @@ def function_server(tmp_path_factory):
 def call(address, method, path, payload=None, headers=None, raw=None):
     connection = http.client.HTTPConnection(*address, timeout=30)
     body = raw if raw is not None else None if payload is None else json.dumps(payload)
-    connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}) if body is not None else headers or {})
+    connection.request(
+        method, path, body, {"Content-Type": "application/json"} | (headers or {}) if body is not None else headers or {}
+    )
     response = connection.getresponse()
     data = response.read()
     connection.close()
@@ -243,7 +245,9 @@ def test_bad_server_flags_are_one_sentence_and_exit_code_2(flags, reason, small,
 
 
 def test_a_signal_lets_the_request_in_flight_finish(tmp_path):
-    (tmp_path / "rewards.py").write_text("import time\ndef slow(prompts, completions, labels):\n    time.sleep(1.5)\n    return [1.0] * len(prompts)\n")
+    (tmp_path / "rewards.py").write_text(
+        "import time\ndef slow(prompts, completions, labels):\n    time.sleep(1.5)\n    return [1.0] * len(prompts)\n"
+    )
     ready = {}
     with serving(tmp_path, "--reward-fn", f"{tmp_path}/rewards.py:slow") as (host, port, server), \
             concurrent.futures.ThreadPoolExecutor(1) as pool:  # fmt: skip
@@ -257,9 +261,7 @@ def test_a_signal_lets_the_request_in_flight_finish(tmp_path):
 
 def test_the_server_ends_with_its_parent(tmp_path):
     (tmp_path / "rewards.py").write_text(FUNCTION)
-    start = (
-        "import subprocess, sys; p = subprocess.Popen([sys.executable, *sys.argv[1:]]); print(p.pid, flush=True); p.wait()"
-    )
+    start = "import subprocess, sys; p = subprocess.Popen([sys.executable, *sys.argv[1:]]); print(p.pid, flush=True); p.wait()"
     ready = tmp_path / "ready"
     parent = subprocess.Popen(
         [sys.executable, "-c", start, str(ROOT / "serve_rm.py"), "--reward-fn", f"{tmp_path}/rewards.py:length", "--ready-file",
