@@ -68,7 +68,9 @@ finish() {  # the trainer first, then the server that it talks to
 }
 trap finish EXIT
 forward() { if [ -n "$trainer" ]; then kill "-$1" "$trainer" 2>/dev/null || true; else exit 75; fi; }
-for name in INT TERM USR1; do trap "forward $name" "$name"; done
+trap 'forward INT' INT
+trap 'forward TERM' TERM
+trap 'forward USR1' USR1
 
 set -m  # process groups of their own: Ctrl-C comes here, and goes to the trainer alone
 "$python" "$here/serve_rm.py" "${server_flags[@]}" --ready-file "$run/server.ready" \
@@ -120,4 +122,7 @@ if [ "$code" -ne 0 ]; then
   echo "launch.sh: exit code $code; logs: $run" >&2
   exit "$code"
 fi
-if [ "$mode" = toy ]; then "$python" "$here/recipes/toy.py" --judge "$run"; fi
+if [ "$mode" = toy ]; then
+  "$python" "$here/recipes/toy.py" --judge "$run"
+  echo "to see the reward model fooled, take the KL penalty away: ./launch.sh --initial-policy-kl-penalty 0"
+fi

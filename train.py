@@ -166,10 +166,10 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
         if held_out and (last or (step + 1) % config.val_check_interval == 0):
             after = validate(actor, held_out)
             metrics["val_reward"] = mean_reward(after)[0]
-            if recorder:
-                recorder.validated(step + 1, after)
         if recorder:
             recorder.log(metrics, groups, advantages.flatten().tolist())
+            if "val_reward" in metrics:
+                recorder.validated(step + 1, after)
             if last or stopping or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
                 state = {"val_reward": metrics.get("val_reward"), "ema": getattr(baseline, "value", None)}
                 checkpoint.save(run, step + 1, actor.model, actor.tokenizer, state, config.save_top_k)

@@ -63,7 +63,7 @@ class TrainConfig:
     val_top_p: float = flag(1.0, "sampling", "of validation: probability mass kept")
     val_greedy: bool = flag(False, "sampling", "validation takes the likeliest token")
 
-    lr: float = flag(1e-3, "optimizer", "peak learning rate of AdamW")
+    lr: float = flag(7e-4, "optimizer", "peak learning rate of AdamW")
     min_lr: float | None = flag(None, "optimizer", "final learning rate (default: --lr, a constant rate)")
     warmup_steps: int = flag(0, "optimizer", "steps of linear warm-up")
     constant_steps: int = flag(0, "optimizer", "last steps at --min-lr, after the cosine")

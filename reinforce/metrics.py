@@ -157,7 +157,10 @@ def draw_curves(folder: Path) -> None:
             along = x == "step"
             axis.plot(*zip(*points, strict=True), "-" if along else ".", color="tab:blue", markersize=4, label="training")
         if y == "reward" and x == "step":
-            measured = [(line["step"], line["val_reward"]) for line in lines if "val_reward" in line]
+            rewards: dict[int, list[float]] = {}
+            for line in (folder / "validation.jsonl").read_text().splitlines():
+                rewards.setdefault(json.loads(line)["step"], []).extend(json.loads(line)["reward"])
+            measured = [(step, statistics.fmean(values)) for step, values in rewards.items()]
             if measured:
                 axis.plot(*zip(*measured, strict=True), "o--", color="tab:orange", label="validation")
                 axis.legend()
