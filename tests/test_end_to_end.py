@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reinforce.baselines import rloo
 from reinforce.config import BASELINES
 
 KEYS = [
@@ -118,6 +119,9 @@ def test_the_run_folder_holds_what_was_promised(toy_run):
     assert line["kl"] == pytest.approx(sum(sum(r["kl"]) for r in first) / 64) and abs(line["kl"]) < 1e-3
     assert line["response_length"] == pytest.approx(sum(sum(r["length"]) for r in first) / 64)
     assert line["objective"] == pytest.approx(line["reward"] - 0.05 * line["kl"])
+    for row in rows[::37]:
+        total = [r - 0.05 * kl for r, kl in zip(row["reward"], row["kl"], strict=True)]
+        assert row["advantage"] == pytest.approx(rloo(torch.tensor([total], dtype=torch.float64))[0].tolist(), abs=1e-9)
 
 
 def test_a_checkpoint_opens_in_transformers_with_the_trained_policys_logits(toy_run, toy_folder):
@@ -251,6 +255,16 @@ def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, fla
         out = train_here(*flags, "--rm-port", port, "--log-dir", run)
     assert out.returncode == 1 and "Traceback" not in out.stdout
     assert json.loads((run / "exit.json").read_text())["code"] == 1 and not (run / "checkpoints").exists()
+
+
+def test_remax_gives_a_deterministic_policy_exactly_zero_and_keeps_the_greedy_response_out(flags, tmp_path):
+    """At a temperature of almost 0 every sample is the greedy response."""
+    out = train_here(*flags, "--baseline", "remax", "--temperature", "1e-6", "--initial-policy-kl-penalty", "0", "--max-steps", "1",
+                     "--log-dir", tmp_path / "run")  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
+    assert [r["advantage"] for r in rows] == [[0.0, 0.0]] * 6 and all(len(r["response"]) == 2 for r in rows)
+    assert metrics(tmp_path / "run")[0]["grad_norm"] == 0.0
 
 
 def test_responses_of_length_one_and_responses_without_an_end_are_trained_on(small, flags, tmp_path):
