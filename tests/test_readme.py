@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -44,6 +45,10 @@ def test_a_command_of_the_readme_runs(block, clone):
     out = run(short, clone, OMP_NUM_THREADS=1)
     assert out.returncode == 0, out.stdout
     assert "step 2/2" in out.stdout
+    address = re.search(r"reward server: http://127\.0\.0\.1:(\d+)", out.stdout)
+    if address is not None:  # a server that the command started, and so has to stop
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(address[1])), timeout=5)
 
 
 @pytest.mark.slow
