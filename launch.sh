@@ -9,11 +9,15 @@
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then python=python
-elif [ -x "$here/.venv/bin/python" ]; then python="$here/.venv/bin/python"
-else python=python3; fi
-if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
-  echo "launch.sh: no PyTorch in $python. First, in $here:" >&2
+python=''
+for candidate in ${VIRTUAL_ENV:+python} ${CONDA_PREFIX:+python} "$here/.venv/bin/python" python3; do
+  if "$candidate" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+    python="$candidate"
+    break
+  fi
+done
+if [ -z "$python" ]; then
+  echo "launch.sh: no PyTorch in the active environment, .venv or python3. First, in $here:" >&2
   echo "  python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && ./launch.sh" >&2
   exit 2
 fi
@@ -50,6 +54,10 @@ for word in "$@"; do
   if [ "$previous" = --log-dir ]; then run="$word"; fi
   previous="$word"
 done
+if [ -e "$run/metrics.jsonl" ]; then
+  echo "launch.sh: --log-dir $run holds another run; give an empty or new folder" >&2
+  exit 2
+fi
 if [ -z "$run" ]; then
   run="runs/$mode-$(date +%Y%m%d-%H%M%S)"
   [ ! -e "$run" ] || run="$run-$$"
@@ -93,7 +101,7 @@ processes="${NPROC:-1}"
 threads="$(($(getconf _NPROCESSORS_ONLN) / processes))"
 set -m
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" "$python" -m torch.distributed.run --standalone \
-  --nproc-per-node "$processes" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" \
+  --nproc-per-node "$processes" --shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" \
   ${train_flags[@]+"${train_flags[@]}"} --rm-host "$host" --rm-port "$port" --rm-wait 600 --log-dir "$run" "$@" </dev/null &
 trainer=$!
 set +m

@@ -9,6 +9,7 @@ GET /health, /info and /metrics tell how it is. The wire format is OpenRLHF's `-
 on any other address it wants a token. Left out: TLS, several models, several processes.
 """
 
+import errno
 import hashlib
 import importlib.util
 import ipaddress
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from reinforce.errors import ConfigError
 from reinforce.http import MAX_BODY, Handler, HttpError, Server, json_body, read_token
 from reinforce.reward_model import fingerprint, load_reward_model, messages_ids, query_ids, score
 
-MAX_TEXTS = 1024  # of one request
+MAX_TEXTS = 1024  # of one request; /info asks for fewer, so that a slow model answers in time
 ANSWER_SECONDS = 50.0  # below the client's 60 s a try
 STALE_SECONDS = 60.0  # a worker silent for longer is taken for dead
 
@@ -112,10 +113,10 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
     try:
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
-    except ImportError as error:
-        raise ConfigError(f"--reward-fn {spec}: {error}") from error
     except AttributeError as error:
         raise ConfigError(f"--reward-fn {spec}: no function {name!r} in {path}") from error
+    except Exception as error:  # whatever the file does when it is imported
+        raise ConfigError(f"--reward-fn {spec}: {type(error).__name__}: {error}") from error
 
     def encode(text: Text) -> tuple[str, str, Any]:
         if text.completion is not None:
@@ -133,7 +134,7 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
             raise ValueError(f"{spec} returned {len(scores)} scores for {len(items)} completions")
         return [float(s) for s in scores]
 
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256(f"{name}/".encode() + Path(path).read_bytes()).hexdigest()
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
     return Reward(encode, run, lambda item: len(item[1]), None, name, digest, mean, std)
@@ -145,6 +146,7 @@ class RewardHandler(Handler):
     reward: Reward
     batcher: Batcher
     clip: float | None
+    advised_texts: int
     draining = False
     warm = False
     counts: dict[int, int]
@@ -170,16 +172,16 @@ class RewardHandler(Handler):
             raise HttpError(404, "not_found", "try /get_reward, /health, /info or /metrics")
         if method != routes[path]:
             raise HttpError(405, "method_not_allowed", f"{path} takes {routes[path]}")
-        if path == "/metrics":
+        if path == "/metrics" and self.warm:
             return 200, "text/plain; version=0.0.4", self._metrics()
-        if path == "/get_reward":
+        if path == "/get_reward" and self.warm:
             return 200, "application/json", self._get_reward()
         alive = self.warm and not self.draining and time.monotonic() - self.batcher.beat < STALE_SECONDS
         if not alive:
             raise HttpError(503, "not_ready")
         if path == "/health":
             return 200, "application/json", json_body({"status": "ok"})
-        info = {"model": self.reward.model, "fingerprint": self.reward.fingerprint, "max_texts": MAX_TEXTS,
+        info = {"model": self.reward.model, "fingerprint": self.reward.fingerprint, "max_texts": self.advised_texts,
                 "max_length": self.reward.max_length, "max_body": MAX_BODY, "reward_mean": self.reward.mean,
                 "reward_std": self.reward.std, "reward_clip": self.clip}  # fmt: skip
         return 200, "application/json", json_body(info)
@@ -298,49 +300,67 @@ def serve(config: ServeConfig) -> int:
     try:
         server = Server((config.host, config.port), RewardHandler)
     except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise ConfigError(f"--host {config.host} --port {config.port}: {error.strerror}") from error
         print(f"serve_rm.py: --host {config.host} --port {config.port}: {error.strerror}", file=sys.stderr)
         return 1
     server.token = token
+    RewardHandler.counts = {}
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()  # 503 until warm
+    try:
+        reward = load_reward(config)
+        batcher = Batcher(reward.score, reward.size, config.inference_micro_batch_size)
+        if reward.example is not None:
+            batcher.submit([reward.example], time.monotonic() + 600).result()
+        RewardHandler.reward, RewardHandler.batcher, RewardHandler.clip = reward, batcher, config.reward_clip
+        RewardHandler.advised_texts = min(MAX_TEXTS, 4 * config.inference_micro_batch_size)
+        RewardHandler.warm = True
+        announce(config, server.server_address[1], reward.model)
+        wait_for_end(config, parent)
+        RewardHandler.draining = True
+        end = time.monotonic() + 20
+        while batcher.busy and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        server.shutdown()
+    return 0
+
+
+def load_reward(config: ServeConfig) -> Reward:
+    """What the flags ask for; its fingerprint covers all that changes a reward. Raises ConfigError."""
     if config.reward_fn is not None:
         reward = function_reward(config, config.reward_fn)
     else:
         from recipes.toy import prepare
 
         reward = model_reward(config, config.reward_model or str(prepare() / "reward_model"))
-    batcher = Batcher(reward.score, reward.size, config.inference_micro_batch_size)
-    RewardHandler.reward, RewardHandler.batcher, RewardHandler.clip = reward, batcher, config.reward_clip
-    RewardHandler.counts = {}
-    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    serving.start()
+    settings = f"{reward.fingerprint}/{reward.mean}/{reward.std}/{config.reward_clip}/{reward.max_length}"
+    return replace(reward, fingerprint=hashlib.sha256(settings.encode()).hexdigest())
+
+
+def announce(config: ServeConfig, port: int, model: str) -> None:
+    """Say where, on screen and in the ready file, which appears whole or not at all."""
+    print(f"serving {model} at http://{config.host}:{port}", flush=True)
+    if config.ready_file:
+        partial = Path(f"{config.ready_file}.{os.getpid()}")
+        partial.write_text(f"{config.host} {port}\n")
+        partial.replace(config.ready_file)
+
+
+def wait_for_end(config: ServeConfig, parent: int) -> None:
+    """Until SIGTERM, SIGINT, or the end of the parent; a second signal ends the process at once."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
-            os._exit(0)  # asked twice
+            os._exit(0)
         stop.set()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    try:
-        if reward.example is not None:
-            batcher.submit([reward.example], time.monotonic() + 600).result()
-        RewardHandler.warm = True
-        host, port = config.host, server.server_address[1]
-        print(f"serving {reward.model} at http://{host}:{port}", flush=True)
-        if config.ready_file:
-            partial = Path(f"{config.ready_file}.{os.getpid()}")
-            partial.write_text(f"{host} {port}\n")
-            partial.replace(config.ready_file)
-        while not stop.wait(0.5):
-            if config.exit_with_parent and os.getppid() != parent:
-                break
-    finally:
-        RewardHandler.draining = True
-        end = time.monotonic() + 20
-        while batcher.busy and time.monotonic() < end:
-            time.sleep(0.02)
-        server.shutdown()
-    return 0
+    while not stop.wait(0.5):
+        if config.exit_with_parent and os.getppid() != parent:
+            return
 
 
 def main() -> None:

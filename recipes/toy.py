@@ -120,7 +120,8 @@ def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
 
 def prepare() -> Path:
     """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
-    sources = [Path(__file__), Path(sft.__file__), Path(train_rm.__file__)]
+    parts = ("sampler", "logprobs", "reward_model", "optim")  # what the toy is made with
+    sources = [Path(__file__), Path(sft.__file__), Path(train_rm.__file__), *(ROOT / f"reinforce/{p}.py" for p in parts)]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     folder = ROOT / "cache" / f"toy-{stamp}"
     if not folder.is_dir():

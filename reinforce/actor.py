@@ -57,10 +57,12 @@ def load_prompts(
         if dropped and distributed.rank() == 0:
             print(f"{name}: left out {dropped} prompts longer than {longest} tokens (--max-prompt-length)")
     world, count = distributed.world_size(), len(prompts["--train-data"])
-    smallest = count % config.num_rollout_samples or config.num_rollout_samples
-    if min(smallest, count) < world:
-        raise ConfigError(f"--num-rollout-samples: a step of {smallest} prompts cannot be dealt to {world} ranks; "
-                          f"there are {count} prompts")  # fmt: skip
+    left = count % config.num_rollout_samples  # prompts of an epoch's last step
+    if 0 < left < world and (config.max_steps is None or config.max_steps > count // config.num_rollout_samples):
+        raise ConfigError(
+            f"--num-rollout-samples {config.num_rollout_samples} leaves {left} of {count} prompts for an epoch's last step, "
+            f"too few for {world} ranks: give another number, or drop {left} prompts"
+        )
     return prompts
 
 
@@ -71,8 +73,10 @@ def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], 
         raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
     lifecycle.refuse_used_folder(config.log_dir)
     if config.num_rollout_samples < distributed.world_size():
-        raise ConfigError(f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the "
-                          f"{distributed.world_size()} ranks")  # fmt: skip
+        raise ConfigError(
+            f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the {distributed.world_size()} ranks: "
+            "give one for each at least"
+        )
     policy, train_data, val_data = config.policy, config.train_data, config.val_data
     if policy is None or train_data is None:
         from recipes.toy import prepare

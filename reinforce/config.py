@@ -72,7 +72,7 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "optimizer", "clip the gradient to this length; 0: never")
 
     max_epochs: int | None = flag(1, "run", "times through the prompts")
-    max_steps: int | None = flag(None, "run", "steps at most (default: as the epochs give)")
+    max_steps: int | None = flag(None, "run", "steps at most; fewer if --max-epochs ends before (default: as the epochs give)")
     val_check_interval: int = flag(25, "run", "steps between validations; one comes before the first step, one at the end")
     save_interval: int | None = flag(None, "run", "steps between checkpoints (default: --val-check-interval)")
     save_top_k: int = flag(1, "run", "checkpoints kept beside the last one: those of the best validation reward")

@@ -79,13 +79,16 @@ def read_records(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[
     Raises ConfigError naming file and line.
     """
     records, bad = [], 0
-    for where, read in _items(source, flag):
-        try:
-            records.append(read())
-        except BadLineError as error:
-            if not skip_bad_lines:
-                raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
-            bad += 1
+    try:
+        for where, read in _items(source, flag):
+            try:
+                records.append(read())
+            except BadLineError as error:
+                if not skip_bad_lines:
+                    raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
+                bad += 1
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"{flag} {source}: cannot be read ({error})") from error
     if not records:
         raise ConfigError(f"{flag} {source}: no prompts in it")
     return records, bad
@@ -134,7 +137,10 @@ def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, fla
         if messages is None:
             text = record["prompt"] if "prompt" in record else record["text"]
         else:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates raise what they like
+                raise ConfigError(f"{flag}: the chat template refuses prompt {index + 1} ({error})") from error
         ids = tuple(encode(tokenizer, text) if messages is None else tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise ConfigError(f"{flag}: the tokenizer of --policy makes no tokens of prompt {index + 1}, {text!r}")

@@ -18,7 +18,7 @@ from reinforce.sampler import Rollout
 class Group:
     """One prompt's K responses; every list has K entries."""
 
-    index: int  # of the prompt, in its file
+    index: int  # of the prompt among its file's usable lines, from 0
     prompt: str
     response: list[str]
     reward: list[float]

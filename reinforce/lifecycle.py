@@ -24,24 +24,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Stop:
-    """Set by SIGTERM, SIGINT or SIGUSR1; the loop looks at it between steps."""
+    """SIGTERM, SIGINT or SIGUSR1. Before the loop there is nothing to save, and they end the run; then it looks here."""
 
     def __init__(self) -> None:
-        """Not yet asked to stop."""
-        self.signal: str | None = None
-
-    def listen(self) -> None:
         """Take over the three signals of this process."""
+        self.signal: str | None = None
+        self.in_loop = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        if not self.in_loop:
+            raise RetryError(f"stopped by {self.signal} before the first step")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / "metrics.jsonl").exists()
 
 
 def refuse_used_folder(log_dir: str | None) -> None:
     """Raise ConfigError if the folder holds a run already."""
-    if log_dir is not None and (Path(log_dir) / "metrics.jsonl").exists():
+    if log_dir is not None and holds_run(Path(log_dir)):
         raise ConfigError(f"--log-dir {log_dir} holds another run; give an empty or new folder")
 
 
@@ -78,8 +83,9 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     except Exception as error:
         traceback.print_exc()
         code, reason = 1, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if code and (distributed.rank() == 0 or code != 2):
-        print(f"train.py: {reason}", file=sys.stderr, flush=True)
+    if code:
+        rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
+        print(f"train.py{rank}: {reason}", file=sys.stderr, flush=True)
     place = folder()
     if place is not None and (code or distributed.rank() == 0):
         with contextlib.suppress(OSError):

@@ -2,7 +2,8 @@
 
 All numbers are means over all rows, or tokens, of all ranks. KL is per response, in nats, as in the objective; entropy is the
 mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose objectives are all
-equal, which teach group baselines nothing; logprob_gap is the mean over responses of sum_t (sampler's - scorer's logp).
+equal, which teach group baselines nothing (null at K = 1); logprob_gap is the mean over responses of sum_t (sampler's -
+scorer's logp).
 """
 
 import json
@@ -38,7 +39,9 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
         "entropy": -math.fsum(logp) / sum(length),
         "response_length": statistics.fmean(length),
         "finished": statistics.fmean(finished),
-        "zero_signal": statistics.fmean(max(g.objective) == min(g.objective) for g in groups),
+        "zero_signal": statistics.fmean(max(g.objective) == min(g.objective) for g in groups)
+        if len(groups[0].reward) > 1
+        else None,
     }
 
 

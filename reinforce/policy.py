@@ -57,8 +57,11 @@ def end_tokens(name: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def context_length(name: str) -> int | None:
-    """Longest sequence the model takes, in tokens, from its config alone; None if it names none."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    """Longest sequence the model takes, in tokens, from its config alone; None if it names none. Raises ConfigError."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--policy {name}: no config.json that transformers can read ({first_line(error)})") from error
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -81,9 +84,14 @@ def load_policy(name: str, tokenizer: Any, device: torch.device, frozen_dtype: t
     """
     announce(name, "--policy")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"--policy {name}: not a causal language model in safetensors ({first_line(error)})") from error
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(f"--policy {name}: not a trained causal language model (missing {missing})")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ConfigError(f"--policy {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings")

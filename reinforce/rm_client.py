@@ -127,8 +127,6 @@ class RewardClient:
                     reason = f"reward server {self.url} gave no usable answer within {self._deadline:g} s ({error})"
                     raise RetryError(reason) from error
                 time.sleep(pause)
-                if tries > 1:
-                    self._check_same_model()
 
     def _handshake(self) -> ServerInfo:
         end = time.monotonic() + min(self._timeout, 10.0)
@@ -168,12 +166,11 @@ class RewardClient:
         self._fingerprint = info.fingerprint
         return info
 
-    def _check_same_model(self) -> None:
-        """After a failure the server may be a restarted one: it must serve the model that it served before."""
-        try:
-            status, kind, body = self._exchange("GET", "/info", None, time.monotonic() + min(self._timeout, 10.0))
-        except (_TryAgainError, http.client.HTTPException):
-            return  # still down: the next try says so
+    def _check_same_model(self, limit: float) -> None:
+        """Behind a new connection there may be a restarted server: it must serve the model that it served before."""
+        status, kind, body = self._exchange("GET", "/info", None, limit)
+        if status in RETRIED:
+            raise _TryAgainError(f"HTTP {status}", self._retry_after)
         if status == 200 and kind == "application/json" and (info := _parse_info(body)) is not None:
             self._pin(info)
 
@@ -200,6 +197,8 @@ class RewardClient:
             headers["Authorization"] = f"Bearer {self._token}"
         for fresh in (False, True):  # a kept connection that the server closed meanwhile is no failure of the server
             reused = self._connection is not None
+            if not reused and body is not None and self._info is not None and self._info.fingerprint is not None:
+                self._check_same_model(limit)
             try:
                 connection = self._connected(limit)
                 connection.request(method, path, body, headers)

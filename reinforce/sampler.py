@@ -102,9 +102,10 @@ def draw_coins(seeds: Sequence[int], steps: int, vocabulary: int) -> Tensor:
 def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     """Draw one token a row: probs (B, V) of any positive scale, coins (B, ceil(log2 V)) in [0, 1) -> token ids (B,).
 
-    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >= left. Exact; a token of
-    probability 0 is never drawn. A rounding error moves a draw only if it moves one of log2 V branch points across its coin;
-    inverting a running sum over the whole vocabulary is far more sensitive, and `torch.multinomial` draws V numbers a row.
+    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >= left. Exact up to the 24
+    bits of a float32 coin; a token of probability 0 is never drawn. A rounding error moves a draw only if it moves one of log2 V
+    branch points across its coin; inverting a running sum over the whole vocabulary is far more sensitive, and
+    `torch.multinomial` draws V numbers a row.
 
     >>> sample_token(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([[0.9, 0.3]]))
     tensor([2])

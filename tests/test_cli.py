@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 from conftest import metrics, script, tiny_llama, train_here
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from recipes import toy
 from reinforce.config import ServeConfig, TrainConfig, parse
@@ -106,7 +107,9 @@ def test_a_refusal_is_the_only_line_that_a_process_prints(small):
 
 def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "exit.json").write_text('{"code": 0}')
     assert "holds another run" in refused(*own(small, "--log-dir", tmp_path))
+    assert (tmp_path / "exit.json").read_text() == '{"code": 0}'
     assert metrics(tmp_path) == [{}]
 
 
@@ -142,6 +145,20 @@ def test_a_model_without_an_end_token_is_refused(small, tmp_path):
 def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small, tmp_path):
     policy = broken_policy(tmp_path / "p", small, lambda f: GenerationConfig(eos_token_id=[7, 9]).save_pretrained(f))
     assert end_tokens(policy, load_tokenizer(policy)) == (2, 7, 9)
+
+
+def test_a_model_without_a_language_head_is_refused(small):
+    with pytest.raises(ConfigError, match="not a trained causal language model"):
+        load_policy(untied(small), toy.make_tokenizer(), torch.device("cpu"))
+
+
+def untied(small):
+    """A classifier's folder, whose checkpoint holds no output embeddings."""
+    folder = small / "untied"
+    config = toy.make_config(toy.make_tokenizer(), num_labels=1)
+    config.tie_word_embeddings = False
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):

@@ -167,12 +167,21 @@ def test_a_kept_connection_that_the_server_closed_is_opened_again_without_a_paus
 
 
 def test_another_model_after_a_failure_ends_the_run(server):
-    s = server(reply({}, 503), reply({}, 503), good)
-    c = client(s, deadline=10)
-    c.connect()
-    s.info = {**INFO, "fingerprint": "0" * 64}
-    with pytest.raises(RewardError, match="another model"):
-        c.rewards(query=["a"])
+    def close_once(request, connection):
+        connection.shutdown(socket.SHUT_RDWR)
+
+    def busy_once(request, connection):
+        connection.sendall(reply({}, 503))
+        connection.shutdown(socket.SHUT_RDWR)
+
+    for failure in (close_once, busy_once):
+        s = server(failure, good)
+        c = client(s, deadline=10)
+        c.connect()
+        s.info = {**INFO, "fingerprint": "0" * 64}
+        with pytest.raises(RewardError, match="another model"):
+            c.rewards(query=["a"])
+        assert len(s.posts) == 1, "the other model was never asked"
 
 
 def test_a_pinned_fingerprint_must_match_at_the_start(server):

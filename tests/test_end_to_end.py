@@ -99,7 +99,7 @@ def test_launch_trains_the_toy_against_the_served_reward_model_and_the_reward_ri
 
 def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
     run, out = toy_run
-    assert "device cpu · fp32" in out.replace("\r", "\n").splitlines()[1] or "device cpu" in out
+    assert any(line.startswith("device ") and " threads · 1 ranks" in line for line in out.splitlines()[:5])
     for word in ("warning", "Warning", "deprecated", "Traceback", "OMP_NUM_THREADS"):
         assert word not in out
     assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"curves {run}/curves.png" in out
@@ -124,19 +124,30 @@ def test_the_run_folder_holds_what_was_promised(toy_run):
         assert row["advantage"] == pytest.approx(rloo(torch.tensor([total], dtype=torch.float64))[0].tolist(), abs=1e-9)
 
 
-def test_a_checkpoint_opens_in_transformers_with_the_trained_policys_logits(toy_run, toy_folder):
-    run, _ = toy_run
-    folder = run / "checkpoints/step-000050"
+def test_a_checkpoint_opens_in_transformers_with_the_trained_policys_logits(small, flags, tmp_path, monkeypatch):
+    """The parameters in memory at the end of training, against the folder that anyone opens."""
+    import train
+
+    kept, loop = [], train.train
+    monkeypatch.setattr(train, "train", lambda actor, *rest: (kept.append(actor.model), loop(actor, *rest)))
+    assert train_here(*flags, "--max-steps", "2", "--lr", "0.01", "--log-dir", tmp_path / "run").returncode == 0
+    folder = tmp_path / "run/checkpoints/step-000002"
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("anna on the pizza in rome : the crust was", return_tensors="pt").input_ids
-    raw = AutoModelForCausalLM.from_config(model.config)
-    raw.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    raw.tie_weights()
-    torch.testing.assert_close(model(ids).logits, raw.eval()(ids).logits, rtol=0, atol=1e-5)
-    before = AutoModelForCausalLM.from_pretrained(toy_folder / "policy")
-    assert (before(ids).logits - model(ids).logits).abs().max() > 0.1
+    ids = AutoTokenizer.from_pretrained(folder)("anna on the pizza in rome : the crust was", return_tensors="pt").input_ids
+    torch.testing.assert_close(model(ids).logits, kept[0](ids).logits, rtol=0, atol=1e-5)
+    before = AutoModelForCausalLM.from_pretrained(small / "policy")
+    assert (before(ids).logits - model(ids).logits).abs().max() > 0.01
+
+
+def test_a_signal_before_the_first_step_is_told_apart_from_a_failure(small, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--policy", str(small / "policy"), "--train-data", str(small / "train.jsonl"),
+               "--rm-host", "127.0.0.1", "--rm-port", "9", "--rm-wait", "60", "--log-dir", str(tmp_path / "run")]  # fmt: skip
+    trainer = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    trainer.send_signal(signal.SIGTERM)
+    _, error = trainer.communicate(timeout=30)
+    assert trainer.returncode == 75 and "before the first step" in error and "Traceback" not in error
 
 
 PROBE = """
@@ -145,10 +156,10 @@ sys.path.insert(0, {root!r})
 import train
 keep, flags, leave = train.train, sys.argv[1:], train.distributed.stop
 train.distributed.stop = lambda: None  # one process group for all six runs
-def watched(config, actor, *rest):
-    keep(config, actor, *rest)
+def watched(actor, *rest):
+    keep(actor, *rest)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
-    open(os.path.join({out!r}, config.baseline + os.environ["RANK"]), "w").write(digest)
+    open(os.path.join({out!r}, actor.config.baseline + os.environ["RANK"]), "w").write(digest)
 train.train = watched
 for baseline in {baselines!r}:
     sys.argv = ["train.py", *flags, "--baseline", baseline, "--log-dir", os.path.join({out!r}, baseline)]
@@ -179,9 +190,10 @@ def test_one_rank_and_two_ranks_take_the_same_first_step(flags, tmp_path):
     """Rollouts, rewards, advantages and the gradient before clipping do not depend on the number of ranks."""
     lines = {}
     flags = [*flags, "--num-rollout-samples", "5"]  # which two ranks cannot halve
+    flags = [*flags, "--baseline", "remax", "--micro-batch-size", "1"]  # six passes on one rank, four on the other
     for ranks in (1, 2):
         run = train_here if ranks == 1 else functools.partial(torchrun, 2)
-        out = run(*flags, "--max-steps", "1", "--baseline", "rloo", "--log-dir", tmp_path / str(ranks))
+        out = run(*flags, "--max-steps", "1", "--log-dir", tmp_path / str(ranks))
         assert out.returncode == 0, out.stdout
         lines[ranks] = metrics(tmp_path / str(ranks))[0]
     rollouts = [[json.loads(x) for x in (tmp_path / n / "rollouts.jsonl").read_text().splitlines()] for n in "12"]

@@ -91,7 +91,7 @@ def test_every_flag_in_the_readme_and_in_launch_exists():
     from reinforce.config import ServeConfig, TrainConfig
 
     known = {"--" + f.name.replace("_", "-") for c in (TrainConfig, ServeConfig) for f in dataclasses.fields(c)}
-    known |= {"--help", "--nproc-per-node", "--standalone", "--signals-to-handle", "--judge"}
+    known |= {"--help", "--nproc-per-node", "--standalone", "--shutdown-timeout", "--signals-to-handle", "--judge"}
     for name in ("README.md", "launch.sh"):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
         assert found <= known, found - known
