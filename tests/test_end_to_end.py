@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -141,13 +142,11 @@ def test_a_checkpoint_opens_in_transformers_with_the_trained_policys_logits(smal
 
 
 def test_a_signal_before_the_first_step_is_told_apart_from_a_failure(small, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--policy", str(small / "policy"), "--train-data", str(small / "train.jsonl"),
-               "--rm-host", "127.0.0.1", "--rm-port", "9", "--rm-wait", "60", "--log-dir", str(tmp_path / "run")]  # fmt: skip
-    trainer = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
-    trainer.send_signal(signal.SIGTERM)
-    _, error = trainer.communicate(timeout=30)
-    assert trainer.returncode == 75 and "before the first step" in error and "Traceback" not in error
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    out = train_here("--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", "9",
+                     "--rm-wait", "60", "--log-dir", tmp_path / "run")  # fmt: skip
+    assert out.returncode == 75 and "stopped by SIGTERM before the first step" in out.stdout and "Traceback" not in out.stdout
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 75
 
 
 PROBE = """
@@ -288,23 +287,3 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(flags, tmp_path):
     done = len(metrics(run))
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     assert json.loads((run / f"checkpoints/step-{done:06d}/state.json").read_text())["step"] == done
-
-
-def test_only_loopback_is_ever_connected_to(toy_folder, tmp_path):
-    """The default path, with every connection of every process recorded."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import socket, os\nreal = socket.socket.connect\n"
-        "def connect(self, address):\n"
-        "    if isinstance(address, tuple):\n"
-        f"        open({str(tmp_path / 'seen')!r}, 'a').write(str(address[0]) + '\\n')\n"
-        "    return real(self, address)\nsocket.socket.connect = connect\n"
-        "look = socket.getaddrinfo\n"
-        "def getaddrinfo(host, *a, **k):\n"
-        f"    open({str(tmp_path / 'seen')!r}, 'a').write(str(host) + '\\n')\n"
-        "    return look(host, *a, **k)\nsocket.getaddrinfo = getaddrinfo\n"
-    )
-    online = {k: v for k, v in environment().items() if not k.startswith("HF_")}
-    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--max-steps", "1", "--log-dir", str(tmp_path / "run")],
-                         env={**online, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    assert out.returncode == 0, out.stdout
-    assert set((tmp_path / "seen").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}

