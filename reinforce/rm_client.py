@@ -171,12 +171,17 @@ class RewardClient:
         status, kind, body = self._exchange("GET", "/info", None, limit)
         if status in RETRIED:
             raise _TryAgainError(f"HTTP {status}", self._retry_after)
-        if status == 200 and kind == "application/json" and (info := _parse_info(body)) is not None:
-            self._pin(info)
+        info = _parse_info(body) if status == 200 and kind == "application/json" else None
+        if info is None:
+            raise RewardError(f"reward server {self.url} no longer shows which model it serves (/info: HTTP {status})")
+        self._pin(info)
 
     def _call(self, method: str, path: str, payload: Any, end: float) -> Any:
         """One request and its JSON reply. Raises _TryAgainError or RewardError."""
-        status, kind, body = self._exchange(method, path, payload, end)
+        try:
+            status, kind, body = self._exchange(method, path, payload, end)
+        except http.client.HTTPException as error:
+            raise _TryAgainError(f"not an HTTP reply ({type(error).__name__})") from error
         if status in RETRIED:
             raise _TryAgainError(f"HTTP {status}", self._retry_after)
         if status != 200:

@@ -184,6 +184,20 @@ def test_another_model_after_a_failure_ends_the_run(server):
         assert len(s.posts) == 1, "the other model was never asked"
 
 
+def test_a_server_that_no_longer_shows_its_model_ends_the_run_and_a_garbled_reply_does_not(server):
+    def garbled(request, connection):
+        connection.sendall(b"garbage\r\n\r\n")
+        connection.shutdown(socket.SHUT_RDWR)
+
+    s = server(garbled, good)
+    c = client(s, deadline=10)
+    assert c.rewards(query=["abc"]) == [3.0]
+    c._close()
+    s.info = reply(b"<html>", 404, "text/html")
+    with pytest.raises(RewardError, match="no longer shows"):
+        c.rewards(query=["abc"])
+
+
 def test_a_pinned_fingerprint_must_match_at_the_start(server):
     with pytest.raises(ConfigError, match="--rm-fingerprint"):
         client(server(good), fingerprint="0" * 64).connect()
