@@ -32,6 +32,7 @@ from transformers.utils import cached_file
 from reinforce import device as devices
 from reinforce.batcher import Batcher, NotFiniteError
 from reinforce.config import ServeConfig, parse
+from reinforce.data import is_chat
 from reinforce.errors import ConfigError
 from reinforce.http import MAX_BODY, Handler, HttpError, Server, json_body, read_token
 from reinforce.reward_model import fingerprint, load_reward_model, messages_ids, query_ids, score
@@ -236,7 +237,7 @@ def parse_request(request: Any) -> list[Text]:
         raise HttpError(400, "bad_request", f'"{key}" must be a list')
     if len(items) > MAX_TEXTS:
         raise HttpError(413, "too_many", f"at most {MAX_TEXTS} texts a request")
-    shaped = _is_text if key == "query" else _is_chat
+    shaped = _is_text if key == "query" else is_chat
     for index, item in enumerate(items):
         if not shaped(item):
             raise HttpError(400, "bad_request", f'"{key}" holds something of another shape', index)
@@ -267,12 +268,6 @@ def _column(request: dict[str, Any], name: str, count: int) -> Sequence[Any]:
 
 def _is_text(item: Any) -> bool:
     return isinstance(item, str)
-
-
-def _is_chat(item: Any) -> bool:
-    return isinstance(item, list) and bool(item) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in item
-    )  # fmt: skip
 
 
 def _encodable(text: str) -> bool:

@@ -56,6 +56,13 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return check_record(record)
 
 
+def is_chat(value: Any) -> bool:
+    """Whether a value is a conversation: a list of {"role": str, "content": str}, not empty."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )  # fmt: skip
+
+
 def check_record(record: Any) -> dict[str, Any]:
     """The record itself, if it is a prompt. Raises BadLineError with the reason."""
     if not isinstance(record, dict) or sum(key in record for key in KEYS) != 1:
@@ -63,10 +70,7 @@ def check_record(record: Any) -> dict[str, Any]:
     key = next(key for key in KEYS if key in record)
     value = record[key]
     if key == "messages":
-        shaped = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )  # fmt: skip
-        if not shaped or value[-1]["role"] == "assistant":
+        if not is_chat(value) or value[-1]["role"] == "assistant":
             raise BadLineError('"messages" must be a list of {"role", "content"} strings that the assistant answers')
     elif not isinstance(value, str) or not value.strip():
         raise BadLineError(f'"{key}" must be a string that is not empty')
