@@ -4,6 +4,9 @@
 #   ./launch.sh [TRAIN FLAGS]                          the toy, prepared on first use
 #   ./launch.sh smollm2 [TRAIN FLAGS]                  SmolLM2-135M-Instruct against a served sentiment function
 #   ./launch.sh run SERVER FLAGS -- TRAIN FLAGS        your own models, prompts and reward
+#   ./launch.sh hh PAIRS [--size S] [--base MODEL] [TRAIN FLAGS]   HH-RLHF: SFT, reward model, REINFORCE, evaluation, all from
+#                                                      one base (SmolLM2); S: quick, hour (on two cores, default), full
+#   ./launch.sh compare [FLAGS] [-- TRAIN FLAGS]       all baselines on the toy, or on your policy and reward (--help)
 #
 # NPROC=2 trains on two processes. Needs bash 3.2 or newer.
 set -euo pipefail
@@ -24,10 +27,11 @@ fi
 
 mode=toy
 case "${1:-}" in
-  toy|smollm2|run) mode=$1; shift ;;
-  -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$here/launch.sh"; exit 0 ;;
+  toy|smollm2|run|hh) mode=$1; shift ;;
+  compare) shift; exec "$python" "$here/recipes/compare.py" "$@" ;;
+  -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$here/launch.sh"; exit 0 ;;
   -*|'') ;;
-  *) echo "launch.sh: unknown recipe '$1'; there are toy, smollm2 and run" >&2; exit 2 ;;
+  *) echo "launch.sh: unknown recipe '$1'; there are toy, smollm2, run, hh and compare" >&2; exit 2 ;;
 esac
 
 server_flags=(--exit-with-parent)
@@ -43,6 +47,43 @@ case "$mode" in
     train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
       --num-rollout-samples 8 --num-rollouts-per-prompt 4 --max-new-tokens 32 --max-steps 24 --max-epochs 2
       --lr 2e-5 --initial-policy-kl-penalty 0.02 --val-check-interval 12 --micro-batch-size 16) ;;
+  hh)
+    pairs="${1:-}" size=hour base=''
+    case "$pairs" in
+      -*|'') echo "launch.sh: hh needs a file of preference pairs: ./launch.sh hh PAIRS.jsonl.gz" >&2; exit 2 ;;
+    esac
+    shift
+    while [ "${1:-}" = --size ] || [ "${1:-}" = --base ]; do
+      if [ $# -lt 2 ]; then echo "launch.sh: $1 needs a value" >&2; exit 2; fi
+      if [ "$1" = --size ]; then size=$2; else base=$2; fi
+      shift 2
+    done
+    case "$size" in  # longest conversation and prompt to learn from, tokens; examples; steps of P prompts; validation interval
+      quick) longest=128 prompt=96 examples=128 steps=8 p=4 interval=4 tests=16 ;;
+      hour) longest=192 prompt=128 examples=2000 steps=100 p=4 interval=25 tests=100 ;;
+      full) longest=1024 prompt=768 examples=1000000 steps=400 p=32 interval=50 tests=1000 ;;
+      *) echo "launch.sh: --size is '$size'; there are quick, hour and full" >&2; exit 2 ;;
+    esac
+    data="$("$python" "$here/recipes/hh.py" "$pairs")" || exit $?
+    work="$data/$size${base:+-$(basename "$base")}"
+    if [ -z "$base" ]; then base="$("$python" "$here/recipes/smollm2.py" --model-only)/policy" || exit $?; fi
+    stage() {  # stage FOLDER COMMAND ...: run it once, into a folder that is there only when it is whole
+      [ ! -d "$work/$1" ] || return 0
+      echo "== $1"
+      rm -rf "$work/.$1"
+      "${@:2}" --out "$work/.$1" && mv "$work/.$1" "$work/$1"
+    }
+    mkdir -p "$work"
+    stage sft "$python" "$here/recipes/sft.py" --model "$base" --data "$data/train.jsonl" \
+      --val-data "$data/validation.jsonl" --max-length "$longest" --max-examples "$examples" || exit $?
+    stage reward_model "$python" "$here/recipes/train_rm.py" --model "$work/sft" --pairs "$data/train.jsonl" \
+      --test-pairs "$data/test.jsonl" --max-length "$longest" --max-pairs "$examples" --lr 3e-5 || exit $?
+    echo "== reinforce"
+    server_flags+=(--reward-model "$work/reward_model")
+    train_flags+=(--policy "$work/sft" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
+      --num-rollout-samples "$p" --num-rollouts-per-prompt 4 --max-new-tokens 48 --max-prompt-length "$prompt"
+      --max-steps "$steps" --max-epochs 10 --val-check-interval "$interval" --lr 1e-5 --initial-policy-kl-penalty 0.05
+      --truncated penalize --missing-eos-penalty 0.5 --micro-batch-size 16 --micro-batch-tokens 2048) ;;
   run)
     while [ $# -gt 0 ] && [ "$1" != -- ]; do server_flags+=("$1"); shift; done
     [ $# -eq 0 ] || shift ;;
@@ -129,6 +170,11 @@ if [ "$code" -ne 0 ]; then
   fi
   echo "launch.sh: exit code $code; logs: $run" >&2
   exit "$code"
+fi
+if [ "$mode" = hh ]; then
+  echo "== evaluate"
+  "$python" "$here/recipes/evaluate.py" --run "$run" --test-data "$data/test.jsonl" --max-prompts "$tests" \
+    --rm-host "$host" --rm-port "$port" || exit $?
 fi
 if [ "$mode" = toy ]; then
   "$python" "$here/recipes/toy.py" --judge "$run"

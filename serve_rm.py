@@ -32,9 +32,9 @@ from transformers.utils import cached_file
 from reinforce import device as devices
 from reinforce.batcher import Batcher, NotFiniteError
 from reinforce.config import ServeConfig, parse
-from reinforce.data import is_chat
 from reinforce.errors import ConfigError
 from reinforce.http import MAX_BODY, Handler, HttpError, Server, json_body, read_token
+from reinforce.records import is_chat
 from reinforce.reward_model import fingerprint, load_reward_model, messages_ids, query_ids, score
 
 MAX_TEXTS = 1024  # of one request; /info asks for fewer, so that a slow model answers in time

@@ -17,8 +17,9 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -32,53 +33,11 @@ from reinforce.actor import Actor, open_run_folder, set_up
 from reinforce.config import TrainConfig, parse
 from reinforce.data import Prompt, step_prompts, steps_per_epoch
 from reinforce.errors import FailedError, RetryError
-from reinforce.group import Group, make_groups, reward_request
-from reinforce.kl import k1, per_response
-from reinforce.loss import normaliser, reinforce_loss
+from reinforce.experience import judge, rollout, score, validate
+from reinforce.group import make_groups
+from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
 from reinforce.metrics import Recorder, mean_reward, summarise, tell
-from reinforce.sampler import Rollout, Sampling, micro_batches, row_seed, sample_in_batches
-
-VALIDATION = -1  # the "step" of validation's random numbers: the same at every validation, so before and after compare
-
-
-def rollout(actor: Actor, prompts: Sequence[Prompt], k: int, step: int, how: Sampling, max_rows: int) -> Rollout:
-    """k responses to each prompt, row b to prompt b // k, each row with its own random numbers."""
-    seeds = [row_seed(actor.config.seed, step, p.index, j) for p in prompts for j in range(k)]
-    with devices.autocast(actor.device, actor.bf16):
-        return sample_in_batches(actor.model, [p.ids for p in prompts], seeds, how, max_rows)
-
-
-def ask(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> Tensor:
-    """The reward server's word on each row, (B,) float64."""
-    request = reward_request(actor.tokenizer, prompts, out, as_text=actor.config.rm_format == "query")
-    return torch.tensor(actor.client.rewards(**request), dtype=torch.float64)
-
-
-def judge(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> tuple[Tensor, Tensor | None, Tensor, float]:
-    """reward (B,), KL (B,) or None, objective R = reward - beta * KL (B,), and the seconds that the reward took."""
-    start = time.perf_counter()
-    reward = ask(actor, prompts, out)  # (B,)
-    seconds = time.perf_counter() - start
-    if actor.reference is None:
-        return reward, None, reward, seconds
-    kl = torch.zeros_like(reward)  # (B,)
-    for rows in micro_batches(out.total_length.tolist(), actor.config.forward_micro_batch_size, sys.maxsize):
-        part = out.take(rows)
-        with torch.no_grad(), devices.autocast(actor.device, actor.bf16):
-            ref_logp = actor.reference(part.prompt, part.prompt_mask, part.response, part.mask)  # (b, T)
-        kl[rows] = per_response(k1(part.logp, ref_logp), part.mask).double().cpu()
-    return reward, kl, reward - actor.config.initial_policy_kl_penalty * kl, seconds
-
-
-def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
-    """One response to each validation prompt, scored; the same groups on every rank."""
-    mine = distributed.deal(prompts)
-    groups: list[Group] = []
-    if mine:
-        out = rollout(actor, mine, 1, VALIDATION, actor.validation, actor.config.val_rollout_micro_batch_size)
-        reward = ask(actor, mine, out)
-        groups = make_groups(actor.tokenizer, mine, out, reward, None, reward)
-    return distributed.gather(groups)
+from reinforce.sampler import Rollout, micro_batches
 
 
 def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
@@ -88,10 +47,64 @@ def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], getattr(baselines, config.baseline.replace("-", "_")))
 
 
+def optimizer_steps(prompts: int, per_step: int) -> list[range]:
+    """The prompts of each optimizer step of one rollout: whole prompts in rollout order, the last step maybe short.
+
+    >>> optimizer_steps(prompts=5, per_step=2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    return [range(first, min(first + per_step, prompts)) for first in range(0, prompts, per_step)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of this rank, as the loss needs them."""
+
+    rollout: Rollout
+    advantage: Tensor  # (B,) float32
+    valid: Tensor  # (B,) bool
+    logp_old: Tensor | None  # (B, T), of the policy before the first of several optimizer steps
+
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the rows; of no rows, one row without a token, for a rank that has none left while others have."""
+        part, at = self.rollout.take(rows), rows or [0]
+        old = None if self.logp_old is None else self.logp_old[at, : part.mask.shape[1]]  # (b, T)
+        return Batch(part, self.advantage[at], self.valid[at], old)
+
+
+def backward(actor: Actor, batch: Batch, rows: list[int], divisor: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of one optimizer step, in micro-batches of this rank's `rows`; `divisor` is N, over all ranks.
+
+    Returns this rank's loss and number of clipped tokens, both scalar, and logp (B, T), 0 in other rows.
+    """
+    config, device = actor.config, actor.device
+    loss_sum, clipped, scored = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros_like(batch.rollout.logp)
+    lengths = batch.rollout.total_length[rows].tolist()
+    parts = [[rows[j] for j in part] for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)]
+    rounds = distributed.largest(len(parts))
+    for i in range(rounds):
+        here = parts[i] if i < len(parts) else []
+        part = batch.take(here)
+        r, weight = part.rollout, token_weights(part.rollout.mask, config.loss_norm) * part.valid[:, None]  # (b, T)
+        with distributed.accumulating(actor.scorer, last=i + 1 == rounds):
+            with devices.autocast(device, actor.bf16):
+                logp = actor.scorer(r.prompt, r.prompt_mask, r.response, r.mask)  # (b, T)
+            if part.logp_old is None:
+                loss = reinforce_loss(logp, part.advantage, weight, divisor)
+            else:
+                loss = clipped_loss(logp, part.logp_old, part.advantage, weight, divisor, config.ratio_clip)
+                clipped += clipped_tokens(logp, part.logp_old, part.advantage, weight, config.ratio_clip)
+            (loss * distributed.world_size()).backward()  # DDP averages over ranks, and N already counts them all
+        loss_sum += loss.detach()
+        scored[here, : logp.shape[1]] = logp.detach()[: len(here)]
+    return loss_sum, clipped, scored
+
+
 def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path, stop: lifecycle.Stop) -> None:
     """The loop."""
     config = actor.config
-    p, k, world = config.num_rollout_samples, config.num_rollouts_per_prompt, distributed.world_size()
+    p, k = config.num_rollout_samples, config.num_rollouts_per_prompt
+    per_update = (config.global_batch_size or p * k) // k  # prompts of one optimizer step
     per_epoch = steps_per_epoch(len(prompts), p)
     total = min(config.max_steps or sys.maxsize, (config.max_epochs or sys.maxsize) * per_epoch)
     min_lr = config.lr if config.min_lr is None else config.min_lr
@@ -115,62 +128,66 @@ def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path
         sampled = time.perf_counter()
 
         # 2. and 3. score over HTTP, KL to the initial policy: R = r - beta * KL
-        reward, kl, objective, reward_seconds = judge(actor, mine, out)  # (B,) each
-        greedy_objective = None
-        if greedy is not None:
-            _, _, greedy_objective, more_seconds = judge(actor, mine, greedy)  # (P of this rank,)
-            reward_seconds += more_seconds
-        judged = time.perf_counter()
+        judged = judge(actor, mine, out)
+        rival = None if greedy is None else judge(actor, mine, greedy)
+        scored = time.perf_counter()
 
         # 4. advantages, over whole groups, from all ranks' rows in prompt order
-        groups = distributed.gather(make_groups(actor.tokenizer, mine, out, reward, kl, objective))
-        objectives = torch.tensor([g.objective for g in groups], dtype=torch.float64)  # (P, K)
-        if greedy_objective is None:
-            advantages = baseline(objectives)  # (P, K)
+        valid = out.finished if config.truncated == "drop" else torch.ones_like(out.finished)  # (B,)
+        groups = distributed.gather(make_groups(actor.tokenizer, mine, out, judged, valid))
+        rivals = None if greedy is None or rival is None else distributed.gather(make_groups(actor.tokenizer, mine, greedy, rival))
+        objective = torch.tensor([g.objective for g in groups], dtype=torch.float64)  # (P, K)
+        counts, length = torch.tensor([g.valid for g in groups]), torch.tensor([g.length for g in groups])  # (P, K)
+        if rivals is None:
+            advantage = baseline(objective, counts)  # (P, K)
         else:
-            against = torch.tensor(distributed.gather(greedy_objective.tolist()), dtype=torch.float64)  # (P,)
-            advantages = baseline(objectives, against)  # (P, K)
-        own = torch.stack(distributed.deal(list(advantages))).flatten().float().to(actor.device)  # (B,)
+            advantage = baseline(objective, torch.tensor([g.objective[0] for g in rivals], dtype=torch.float64), counts)  # (P, K)
+        own = torch.stack(distributed.deal(list(advantage))).flatten().float().to(actor.device)  # (B,)
 
-        # 5. update: one optimizer step, in micro-batches, divided by the rows of all ranks
-        divisor = normaliser(torch.tensor([g.length for g in groups]), torch.ones_like(objectives, dtype=torch.bool), "sequence")
-        loss, gap = torch.zeros((), device=actor.device), torch.zeros(len(own), device=actor.device)
-        parts = micro_batches(out.total_length.tolist(), config.micro_batch_size, config.micro_batch_tokens)
-        for rows in parts:
-            part = out.take(rows)
-            with distributed.accumulating(actor.scorer, last=rows is parts[-1]):
-                with devices.autocast(actor.device, actor.bf16):
-                    logp = actor.scorer(part.prompt, part.prompt_mask, part.response, part.mask)  # (b, T)
-                micro_loss = reinforce_loss(logp, own[rows], part.mask, divisor)
-                (micro_loss * world).backward()  # DDP averages over ranks, and N already counts them all
-            loss += micro_loss.detach()
-            gap[rows] = (part.logp - logp.detach()).sum(1)
-        grad_norm = optim.clip(actor.model, config.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FailedError(f"the gradient of step {step + 1} is {grad_norm}; no optimizer step was made")
+        # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and the clipped ratio
         lr = optim.learning_rate(step, total, config.lr, min_lr, config.warmup_steps, config.constant_steps)
         optim.set_learning_rate(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        updates = optimizer_steps(len(groups), per_update)
+        logp_old = score(actor, actor.scorer, out) if len(updates) > 1 else None  # (B, T)
+        batch, scorer_logp = Batch(out, own, valid, logp_old), logp_old
+        losses, clipped, grad_norms = 0.0, 0.0, []
+        for update in updates:
+            divisor = normaliser(length[update], counts[update], config.loss_norm)  # N
+            if divisor == 0:  # every response was dropped
+                continue
+            rows = [b for b in range(len(own)) if distributed.position(b // k) in update]
+            loss, cut, logp = backward(actor, batch, rows, divisor)
+            losses, clipped, scorer_logp = losses + loss.item(), clipped + cut.item(), logp if logp_old is None else logp_old
+            grad_norms.append(optim.clip(actor.model, config.max_grad_norm))
+            if not math.isfinite(grad_norms[-1]):
+                raise FailedError(f"the gradient of step {step + 1} is {grad_norms[-1]}; no optimizer step was made")
+            optimizer.step()
+            optimizer.zero_grad()
         updated = time.perf_counter()
 
         # 6. log, validate, save
-        gaps, losses = distributed.gather(gap.view(-1, k).sum(1).tolist()), distributed.gather([loss.item()])
+        gap = None if scorer_logp is None else (out.logp - scorer_logp).sum(1).view(-1, k).sum(1).tolist()
         last = step + 1 == total
-        stopping = distributed.anywhere(stop.signal is not None)
+        stopping = bool(distributed.largest(int(stop.signal is not None)))
+        tokens = sum(sum(g.length) for g in [*groups, *(rivals or [])])
         metrics = {
-            "step": step + 1, **summarise(groups, advantages.flatten().tolist()), "loss": math.fsum(losses), "grad_norm": grad_norm,
-            "lr": lr, "logprob_gap": math.fsum(gaps) / objectives.numel(), "ratio_clipped": 0.0,
-            "tokens_per_s": sum(sum(g.length) for g in groups) / (sampled - start), "time_rollout": sampled - start,
-            "time_reward": reward_seconds, "time_reference": judged - sampled - reward_seconds, "time_update": updated - judged,
+            "step": step + 1, **summarise(groups, advantage.flatten().tolist()),
+            "loss": math.fsum(distributed.gather([losses])) / len(grad_norms) if grad_norms else None,
+            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None, "lr": lr,
+            "optimizer_steps": len(grad_norms),
+            "logprob_gap": None if gap is None else math.fsum(distributed.gather(gap)) / objective.numel(),
+            "ratio_clipped": math.fsum(distributed.gather([clipped])) / max(1, int((length * counts).sum())),
+            "tokens": tokens, "tokens_per_s": tokens / (sampled - start), "time_rollout": sampled - start,
+            "time_reward": judged.seconds + (rival.seconds if rival else 0.0), "time_update": updated - scored,
             "prompts_seen": (step // per_epoch) * len(prompts) + min((step % per_epoch + 1) * p, len(prompts)),
             "epoch": step // per_epoch,
         }  # fmt: skip
+        metrics["time_reference"] = scored - sampled - metrics["time_reward"]
         if held_out and (last or (step + 1) % config.val_check_interval == 0):
             after = validate(actor, held_out)
             metrics["val_reward"] = mean_reward(after)[0]
         if recorder:
-            recorder.log(metrics, groups, advantages.flatten().tolist())
+            recorder.log(metrics, groups, advantage.flatten().tolist())
             if "val_reward" in metrics:
                 recorder.validated(step + 1, after)
             if last or stopping or (step + 1) % (config.save_interval or config.val_check_interval) == 0:

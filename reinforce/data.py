@@ -1,20 +1,19 @@
-"""Prompts in: a jsonl file or a hub data set, checked line by line, and the order they are taken in.
+"""Prompts: what a record must be, their token ids, and the order they are taken in.
 
 One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the seed's key) or `{"messages": [{"role", "content"}, ...]}`,
-with an optional "label" for the reward. Which prompts belong to step n is a function of (seed, n): a permutation per epoch,
-each prompt once, the last step of an epoch taking those that remain.
+with an optional "label" for the reward; of a preference pair, `{"chosen", "rejected"}`, it is what both reply to. Which prompts
+belong to step n is a function of (seed, n): a permutation per epoch, each prompt once, the last step of an epoch taking those
+that remain.
 """
 
-import gzip
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from reinforce.errors import ConfigError
+from reinforce.preferences import side
+from reinforce.records import BadLineError, is_chat
 from reinforce.sampler import row_seed
 
 KEYS = ("prompt", "text", "messages")
@@ -31,42 +30,12 @@ class Prompt:
     label: Any = None
 
 
-class BadLineError(ValueError):
-    """One line of a prompt file that cannot be used."""
-
-
-def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise BadLineError("the same key twice")
-    return dict(pairs)
-
-
-def parse_line(line: bytes) -> dict[str, Any]:
-    """One line of jsonl as a prompt record. Raises BadLineError with the reason."""
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise BadLineError("a byte order mark; save the file as UTF-8 without one")
-    if line.endswith((b"\r", b"\r\n")):
-        raise BadLineError(r"a line that ends in \r\n; save the file with \n line ends")
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicate_keys)
-    except BadLineError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"not JSON ({error})") from error
-    return check_record(record)
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a value is a conversation: a list of {"role": str, "content": str}, not empty."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )  # fmt: skip
-
-
 def check_record(record: Any) -> dict[str, Any]:
     """The record itself, if it is a prompt. Raises BadLineError with the reason."""
+    if isinstance(record, dict) and "chosen" in record:
+        record = {"messages": side(record, "chosen")[:-1], **({"label": record["label"]} if "label" in record else {})}
     if not isinstance(record, dict) or sum(key in record for key in KEYS) != 1:
-        raise BadLineError('not an object with exactly one of "prompt", "text", "messages"')
+        raise BadLineError('not an object with exactly one of "prompt", "text", "messages", or with "chosen" and "rejected"')
     key = next(key for key in KEYS if key in record)
     value = record[key]
     if key == "messages":
@@ -75,49 +44,6 @@ def check_record(record: Any) -> dict[str, Any]:
     elif not isinstance(value, str) or not value.strip():
         raise BadLineError(f'"{key}" must be a string that is not empty')
     return record
-
-
-def read_records(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """Prompt records of a jsonl file (or .gz) or a hub data set's train split, and how many bad ones were skipped.
-
-    Raises ConfigError naming file and line.
-    """
-    records, bad = [], 0
-    try:
-        for where, read in _items(source, flag):
-            try:
-                records.append(read())
-            except BadLineError as error:
-                if not skip_bad_lines:
-                    raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
-                bad += 1
-    except (OSError, EOFError) as error:
-        raise ConfigError(f"{flag} {source}: cannot be read ({error})") from error
-    if not records:
-        raise ConfigError(f"{flag} {source}: no prompts in it")
-    return records, bad
-
-
-def _items(source: str, flag: str) -> Iterator[tuple[str, Any]]:
-    """(place, function that returns a checked record) of every line or row."""
-    path = Path(source)
-    if path.is_file():
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                yield f"{source}:{number}", lambda line=line: parse_line(line.removesuffix(b"\n"))
-    elif source.endswith((".jsonl", ".json", ".gz")) or source.startswith((".", "/", "~")) or path.is_dir():
-        raise ConfigError(f"{flag} {source}: no such file")
-    else:
-        from datasets import load_dataset
-
-        print(f"{flag} {source}: no such file here, asking the Hugging Face hub ...", flush=True)
-        try:
-            rows = load_dataset(source, split="train")
-        except Exception as error:
-            raise ConfigError(f"{flag} {source}: neither a file here nor a data set on the hub") from error
-        for number, row in enumerate(rows, 1):
-            record = {key: value for key, value in row.items() if key in (*KEYS, "label") and value is not None}
-            yield f"{source} row {number}", lambda record=record: check_record(record)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

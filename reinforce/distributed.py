@@ -46,6 +46,11 @@ def deal(items: Sequence[T]) -> list[T]:
     return list(items[rank() :: world_size()])
 
 
+def position(i: int) -> int:
+    """Place before dealing of this rank's i-th item."""
+    return i * world_size() + rank()
+
+
 def gather(items: Sequence[T]) -> list[T]:
     """Undo `deal`: every rank's items, one per dealt item, in the order before dealing, on every rank."""
     if world_size() == 1:
@@ -71,12 +76,12 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any rank; the same answer on every rank."""
-    parts = [flag] * world_size()
+def largest(value: int) -> int:
+    """The largest of all ranks' values; the same answer on every rank."""
+    parts = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, flag)
-    return any(parts)
+        dist.all_gather_object(parts, value)
+    return max(parts)
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

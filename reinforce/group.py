@@ -8,10 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reinforce.data import Prompt
 from reinforce.sampler import Rollout
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What B responses are worth."""
+
+    reward: Tensor  # (B,) float64
+    kl: Tensor | None  # (B,) float64, nats, as it is in the objective; None if beta = 0
+    objective: Tensor  # (B,) float64, R
+    seconds: float = 0.0  # that the reward took
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Group:
     reward: list[float]
     kl: list[float] | None  # nats, of the whole response
     objective: list[float]
+    valid: list[bool]  # counts in baselines and loss
     length: list[int]
     finished: list[bool]
     logp: list[float]  # of the whole response, as sampled
@@ -65,17 +77,18 @@ def reward_request(tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, 
 
 
 def make_groups(
-    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, reward: Tensor, kl: Tensor | None, objective: Tensor
+    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, judged: Judged, valid: Tensor | None = None
 ) -> list[Group]:
-    """One Group a prompt from a rollout of B rows, row b of prompt b // (B / P); reward, kl, objective (B,)."""
-    k = len(reward) // len(prompts)
+    """One Group a prompt from a rollout of B rows, row b of prompt b // (B / P); `valid` (B,) bool, by default all."""
+    k, kl = len(judged.reward) // len(prompts), judged.kl
+    valid = torch.ones_like(rollout.finished) if valid is None else valid  # (B,)
     ids, logp = response_ids(rollout), rollout.logp.sum(1).tolist()
     groups = []
     for j, prompt in enumerate(prompts):
         own = slice(j * k, (j + 1) * k)
         groups.append(Group(
             prompt.index, prompt.text, [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
-            reward[own].tolist(), None if kl is None else kl[own].tolist(), objective[own].tolist(),
-            [len(r) for r in ids[own]], rollout.finished[own].tolist(), logp[own],
+            judged.reward[own].tolist(), None if kl is None else kl[own].tolist(), judged.objective[own].tolist(),
+            valid[own].tolist(), [len(r) for r in ids[own]], rollout.finished[own].tolist(), logp[own],
         ))  # fmt: skip
     return groups

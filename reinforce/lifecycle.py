@@ -69,8 +69,8 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
     return folder
 
 
-def run(main: Callable[[], None], folder: Callable[[], Path | None]) -> int:
-    """Call main and turn how it ended into an exit code and, once the folder is known, exit.json."""
+def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: None, name: str = "train.py") -> int:
+    """Call main and turn how it ended into an exit code and, once the folder is known, exit.json. `name` is the script's."""
     try:
         main()
         code, reason = 0, "done"
@@ -85,7 +85,7 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None]) -> int:
         code, reason = 1, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if code:
         rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
-        print(f"train.py{rank}: {reason}", file=sys.stderr, flush=True)
+        print(f"{name}{rank}: {reason}", file=sys.stderr, flush=True)
     place = folder()
     if place is not None and (code or distributed.rank() == 0):
         with contextlib.suppress(OSError):

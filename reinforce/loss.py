@@ -55,8 +55,21 @@ def clipped_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tens
     return _weighted(torch.minimum(gain, clipped), torch.ones_like(advantage), weight, divisor)
 
 
+def clipped_tokens(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, clip: float) -> Tensor:
+    """Number of tokens, scalar, whose gradient `clipped_loss` cuts: rho above 1 + clip with A > 0, below 1 - clip with A < 0.
+
+    >>> clipped_tokens(torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.tensor([1.0]), torch.ones(1, 2), clip=0.2)
+    tensor(1)
+    """
+    ratio, sign = (logp.detach() - logp_old).exp(), advantage.sign()[:, None]  # (B, T), (B, 1)
+    return (((ratio > 1 + clip) & (sign > 0)) | ((ratio < 1 - clip) & (sign < 0))).logical_and(weight != 0).sum()
+
+
 def token_weights(mask: Tensor, norm: str) -> Tensor:
-    """The w of the formula, (B, T): the mask itself, or for norm "length" mask / own length (biased: the seed's).
+    """The w of the formula, (B, T): the mask itself, or for norm "length" mask / own length (the seed's).
+
+    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1 / |y|]: another objective, in which a
+    short response is worth more than a long one of the same reward.
 
     >>> token_weights(torch.tensor([[True, True, False]]), "length")
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -70,8 +83,9 @@ def token_weights(mask: Tensor, norm: str) -> Tensor:
 def normaliser(length: Tensor, valid: Tensor, norm: str) -> int:
     """The N of the formula over all rows of an optimizer step: length and valid of any one shape.
 
-    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the unbiased default; "token"
-    scales a step by its own number of tokens, so it favours short batches; all three change what a learning rate means.
+    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the unbiased default. "token" divides by
+    a number that depends on the responses: with many rows its expectation nears the true gradient over the mean length, with few
+    it favours short batches. A learning rate and a beta do not carry over from one to another: they differ by about a length.
 
     >>> normaliser(torch.tensor([3, 5]), torch.tensor([True, False]), "token")
     3

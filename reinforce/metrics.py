@@ -1,9 +1,10 @@
 """What a person looks at: metrics, rollouts and validation.jsonl, TensorBoard, one line or bar a step, curves.png.
 
 All numbers are means over all rows, or tokens, of all ranks. KL is per response, in nats, as in the objective; entropy is the
-mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose objectives are all
-equal, which teach group baselines nothing (null at K = 1); logprob_gap is the mean over responses of sum_t (sampler's -
-scorer's logp).
+mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose valid rows all have the
+same objective, or are fewer than two, which teach group baselines nothing (null at K = 1); logprob_gap is the mean over responses
+of sum_t (sampler's - scorer's logp); ratio_clipped the share of tokens whose gradient the clipped ratio cut; tokens counts what
+was sampled, ReMax's greedy responses included.
 """
 
 import json
@@ -39,10 +40,13 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
         "entropy": -math.fsum(logp) / sum(length),
         "response_length": statistics.fmean(length),
         "finished": statistics.fmean(finished),
-        "zero_signal": statistics.fmean(max(g.objective) == min(g.objective) for g in groups)
-        if len(groups[0].reward) > 1
-        else None,
+        "valid": statistics.fmean(v for g in groups for v in g.valid),
+        "zero_signal": statistics.fmean(len(set(_counted(g))) < 2 for g in groups) if len(groups[0].reward) > 1 else None,
     }
+
+
+def _counted(group: Group) -> list[float]:
+    return [r for r, v in zip(group.objective, group.valid, strict=True) if v]
 
 
 def mean_reward(groups: Sequence[Group]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reinforce.errors import ConfigError
+from reinforce.preferences import TEMPLATE
 
 
 def announce(name: str, flag: str) -> None:
@@ -34,12 +35,20 @@ def load_tokenizer(name: str, flag: str = "--policy") -> Any:
     return tokenizer
 
 
+def with_template(tokenizer: Any, flag: str) -> Any:
+    """The tokenizer, with HH-RLHF's plain dialogue as its chat template if it has none; it is saved with the tokenizer."""
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = TEMPLATE
+        print(f'{flag}: the tokenizer has no chat template; giving it HH-RLHF\'s, "\\n\\nHuman: ...\\n\\nAssistant:"')
+    return tokenizer
+
+
 def first_line(error: BaseException) -> str:
     """First line of an error's text: the libraries below us write paragraphs."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def end_tokens(name: str, tokenizer: Any) -> tuple[int, ...]:
+def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, ...]:
     """Every id that ends a response: the generation config's and the tokenizer's. Raises ConfigError if there is none."""
     from transformers import GenerationConfig
 
@@ -52,7 +61,7 @@ def end_tokens(name: str, tokenizer: Any) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ConfigError(f"--policy {name}: no end token in its tokenizer or generation_config.json; set eos_token there")
+        raise ConfigError(f"{flag} {name}: no end token in its tokenizer or generation_config.json; set eos_token there")
     return tuple(sorted(ids))
 
 
@@ -76,25 +85,27 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def load_policy(name: str, tokenizer: Any, device: torch.device, frozen_dtype: torch.dtype | None = None) -> nn.Module:
+def load_policy(
+    name: str, tokenizer: Any, device: torch.device, frozen_dtype: torch.dtype | None = None, flag: str = "--policy"
+) -> nn.Module:
     """The model in float32, dropout off. Raises ConfigError.
 
     `frozen_dtype` is for the reference, which is never updated: it stores the weights of linear layers as autocast would
     cast them, so it scores exactly as the policy does, in half the memory.
     """
-    announce(name, "--policy")
+    announce(name, flag)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--policy {name}: not a causal language model in safetensors ({first_line(error)})") from error
+        raise ConfigError(f"{flag} {name}: not a causal language model in safetensors ({first_line(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ConfigError(f"--policy {name}: not a trained causal language model (missing {missing})")
+        raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ConfigError(f"--policy {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings")
+        raise ConfigError(f"{flag} {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings")
     model = without_dropout(model).to(device)
     if frozen_dtype is not None:
         model.requires_grad_(False)

@@ -43,6 +43,21 @@ def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torc
     return without_dropout(model).to(device).requires_grad_(False), tokenizer
 
 
+def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str) -> nn.Module:
+    """Any backbone, a causal language model say, with a new scalar head; float32, dropout off. Raises ConfigError."""
+    announce(name, flag)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{flag} {name}: no model with a classification head of its kind ({first_line(error)})") from error
+    if hasattr(model, "score"):
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return without_dropout(model).to(device)
+
+
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """Reward of each token sequence, (n,) float32. The head reads a sequence's last token, found by its length.
 

@@ -57,7 +57,11 @@ class Rollout:
         return self.prompt_mask.sum(1) + self.length
 
     def take(self, rows: Sequence[int]) -> "Rollout":
-        """Some of the rows, with the padding that they do not need cut off."""
+        """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
+        if not rows:
+            one = self.mask[:1, :1]
+            return Rollout(self.prompt[:1, -1:], torch.ones_like(one), self.response[:1, :1], torch.zeros_like(one),
+                           torch.zeros_like(self.logp[:1, :1]), self.finished[:1])  # fmt: skip
         index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
         left = self.prompt.shape[1] - int(self.prompt_mask[index].sum(1).max())
         right = int(self.mask[index].sum(1).max())

@@ -23,6 +23,11 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--policy", "x"], "--policy without --train-data"), (["--train-data", "x"], "come as a set"), (HERE, "come as a set"),
     (["--rm-host", "x"], "--rm-host and --rm-port"), (["--ema-decay", "1"], "--ema-decay"), (["--end-strings", ""], "--end-strings"),
     (["--num-rollouts", "3"], "unrecognized"), (["--temperature", "0"], "--temperature"), (["--adam-betas", "0.9", "1"], "--adam-betas"),
+    (["--global-batch-size", "6"], "--global-batch-size 6 must be a multiple"), (["--global-batch-size", "0"], "--global-batch-size 0"),
+    (["--global-batch-size", "128"], "divides"), (["--global-batch-size", "12"], "divides"), (["--ratio-clip", "0"], "--ratio-clip"),
+    (["--truncated", "penalize"], "--missing-eos-penalty"), (["--missing-eos-penalty", "1"], "come together"),
+    (["--truncated", "penalize", "--missing-eos-penalty", "-1"], "--missing-eos-penalty is -1.0"), (["--kl", "k3"], "--kl"),
+    (["--kl-reduce", "max"], "--kl-reduce"), (["--loss-norm", "batch"], "--loss-norm"), (["--preset", "trl"], "--preset"),
     (["--initial-policy-kl-penalty", "-1"], "--initial-policy-kl-penalty"), (["--val-top-p", "0"], "--val-top-p"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
@@ -37,6 +42,19 @@ def test_the_seeds_spellings_of_the_baselines_are_accepted():
         "remax",
         "none",
     ]
+
+
+def test_a_preset_changes_defaults_and_a_flag_of_your_own_wins():
+    seed = parse(TrainConfig, "", ["--preset", "nemo-aligner", "--lr", "1e-5"])
+    assert (seed.kl, seed.kl_reduce, seed.loss_norm, seed.global_batch_size, seed.baseline) == ("abs", "mean", "length", 16, "rloo")
+    assert (seed.lr, seed.min_lr, seed.weight_decay, seed.initial_policy_kl_penalty, seed.max_steps) == (
+        1e-5,
+        1e-6,
+        0.01,
+        0.01,
+        313,
+    )
+    assert parse(TrainConfig, "", []).kl == "k1"
 
 
 @pytest.mark.parametrize(("config", "words"), [(TrainConfig, ["sampling:", "batch sizes:", "(default: 0.05)", "tokens"]),

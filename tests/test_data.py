@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 
 from recipes import toy
-from reinforce.data import encode, read_records, step_prompts, steps_per_epoch, tokenize
+from reinforce.data import check_record, encode, step_prompts, steps_per_epoch, tokenize
 from reinforce.errors import ConfigError
+from reinforce.records import read_records
 
 GOOD = b'{"prompt": "anna on the pizza in rome :"}\n'
 
@@ -26,22 +27,22 @@ def test_a_bad_line_is_named_by_file_and_line_or_counted(tmp_path, line, reason)
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(GOOD + line + b"\n" + GOOD)
     with pytest.raises(ConfigError, match=rf"prompts\.jsonl:2: .*{reason}"):
-        read_records(str(path), "--train-data")
-    records, bad = read_records(str(path), "--train-data", skip_bad_lines=True)
+        read_records(str(path), "--train-data", check_record)
+    records, bad = read_records(str(path), "--train-data", check_record, skip_bad_lines=True)
     assert len(records) == 2 and bad == 1
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--train-data .*no such file"):
-        read_records(str(tmp_path / "none.jsonl"), "--train-data")
+        read_records(str(tmp_path / "none.jsonl"), "--train-data", check_record)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(ConfigError, match="no prompts in it"):
-        read_records(str(tmp_path / "empty.jsonl"), "--train-data")
+        read_records(str(tmp_path / "empty.jsonl"), "--train-data", check_record)
 
 
 def test_the_seeds_key_and_labels_are_read(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": "anna on the pizza in rome :", "label": {"answer": 3}}\n')
-    records, _ = read_records(str(tmp_path / "p.jsonl"), "--train-data")
+    records, _ = read_records(str(tmp_path / "p.jsonl"), "--train-data", check_record)
     prompts, _ = tokenize(records, toy.make_tokenizer(), 100, "--train-data")
     assert prompts[0].text == "anna on the pizza in rome :" and prompts[0].label == {"answer": 3}
 

@@ -247,6 +247,95 @@ def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags
     assert all(torch.equal(before[n], after[n]) for n in after)
 
 
+def rows_of(run):
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_several_optimizer_steps_per_rollout_start_from_the_same_rollout_and_clip_ratios(flags, tmp_path):
+    """P*K is 12: three optimizer steps of two whole prompts; a --global-batch-size of 12 is the one step of the default, bitwise."""
+    for name, extra in {"one": [], "same": ["--global-batch-size", "12"], "three": ["--global-batch-size", "4"]}.items():
+        out = train_here(*flags, *extra, "--lr", "0.01", "--ratio-clip", "0.01", "--max-steps", "2", "--log-dir", tmp_path / name)
+        assert out.returncode == 0, out.stdout
+    one, three = (metrics(tmp_path / n) for n in ("one", "three"))
+    assert [line["optimizer_steps"] for line in (*one, *three)] == [1, 1, 3, 3]
+    assert one[0]["ratio_clipped"] == 0 < three[0]["ratio_clipped"] <= 1
+    assert rows_of(tmp_path / "one")[:6] == rows_of(tmp_path / "three")[:6], "rewards and advantages come before the first step"
+    assert one[0]["logprob_gap"] == pytest.approx(three[0]["logprob_gap"], abs=1e-5)
+    ends = [last_weights(tmp_path / n) for n in ("one", "same", "three")]
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0]) and any(
+        not torch.equal(ends[0][n], ends[2][n]) for n in ends[0]
+    )
+
+
+def test_a_rank_without_rows_takes_part_in_every_optimizer_step(flags, tmp_path):
+    """One prompt an optimizer step: one of two ranks has nothing, six times; the gradients are those of one rank."""
+    lines = {}
+    for ranks in (1, 2):
+        run = train_here if ranks == 1 else functools.partial(torchrun, 2)
+        out = run(*flags, "--global-batch-size", "2", "--lr", "1e-5", "--max-steps", "1", "--log-dir", tmp_path / str(ranks))
+        assert out.returncode == 0, out.stdout
+        lines[ranks] = metrics(tmp_path / str(ranks))[0]
+    assert lines[2]["optimizer_steps"] == 6
+    for key in ("grad_norm", "loss", "reward", "kl"):
+        assert lines[2][key] == pytest.approx(lines[1][key], rel=1e-3, abs=2e-5), key
+
+
+def test_dropped_responses_leave_the_baseline_the_loss_and_its_divisor(flags, tmp_path):
+    out = train_here(*flags, "--truncated", "drop", "--num-rollouts-per-prompt", "4", "--max-new-tokens", "24", "--max-steps", "2",
+                     "--log-dir", tmp_path / "run")  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    rows = rows_of(tmp_path / "run")
+    assert 0 < sum(sum(r["finished"]) for r in rows) < 4 * len(rows), "the case has both kinds"
+    for row in rows:
+        assert row["valid"] == row["finished"]
+        want = rloo(torch.tensor([row["objective"]], dtype=torch.float64), torch.tensor([row["valid"]]))[0]
+        assert row["advantage"] == pytest.approx(want.tolist(), abs=1e-12)
+        assert all(a == 0 for a, v in zip(row["advantage"], row["valid"], strict=True) if not v)
+    first = [r for r in rows if r["step"] == 1]
+    n = sum(sum(r["valid"]) for r in first)
+    surrogate = -sum(a * p for r in first for a, p in zip(r["advantage"], r["logp"], strict=True)) / n
+    line = metrics(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(surrogate, abs=1e-4) and line["valid"] == pytest.approx(n / 24)
+
+
+def test_a_step_whose_responses_are_all_dropped_changes_nothing_and_is_told(small, flags, tmp_path):
+    out = train_here(*flags, "--truncated", "drop", "--max-new-tokens", "1", "--max-steps", "3", "--log-dir", tmp_path / "run")
+    assert out.returncode == 0, out.stdout
+    lines = [line for line in metrics(tmp_path / "run") if line["finished"] == 0]
+    assert lines, "no step without a finished response: take another seed"
+    for line in lines:
+        assert line["optimizer_steps"] == 0 and line["loss"] is None and line["grad_norm"] is None and line["zero_signal"] == 1
+    if len(lines) == 3:
+        before, after = load_file(small / "policy/model.safetensors"), last_weights(tmp_path / "run")
+        assert all(torch.equal(before[n], after[n]) for n in after)
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "remax"])
+def test_the_penalty_is_taken_from_unfinished_responses_before_the_baseline(flags, tmp_path, baseline):
+    out = train_here(*flags, "--truncated", "penalize", "--missing-eos-penalty", "0.7", "--max-new-tokens", "24", "--max-steps", "1",
+                     "--baseline", baseline, "--num-rollouts-per-prompt", "4", "--log-dir", tmp_path / "run")  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    rows = rows_of(tmp_path / "run")
+    assert 0 < sum(sum(r["finished"]) for r in rows) < 24
+    for row in rows:
+        want = [r - 0.05 * kl - 0.7 * (not f) for r, kl, f in zip(row["reward"], row["kl"], row["finished"], strict=True)]
+        assert row["objective"] == pytest.approx(want, abs=1e-9)
+        if baseline == "rloo":
+            assert row["advantage"] == pytest.approx(rloo(torch.tensor([want], dtype=torch.float64))[0].tolist(), abs=1e-9)
+        else:  # one number for the whole group, which holds the greedy response's own penalty
+            gaps = [o - a for o, a in zip(row["objective"], row["advantage"], strict=True)]
+            assert max(gaps) - min(gaps) < 1e-9
+
+
+def test_the_seeds_own_choices_run_as_one_preset(small, server_port, tmp_path):
+    out = train_here("--preset", "nemo-aligner", "--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1",
+                     "--rm-port", server_port, "--max-new-tokens", "8", "--max-steps", "1", "--log-dir", tmp_path / "run")  # fmt: skip
+    assert out.returncode == 0, out.stdout
+    line = metrics(tmp_path / "run")[0]
+    assert line["optimizer_steps"] == 4 and line["lr"] == 1e-6
+    assert all(kl >= 0 for row in rows_of(tmp_path / "run") for kl in row["kl"]), "absolute values"
+
+
 def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, tmp_path):
     (tmp_path / "nan.py").write_text("def nan(prompts, completions, labels):\n    return [float('nan')] * len(prompts)\n")
     with serving(tmp_path, "--reward-fn", f"{tmp_path}/nan.py:nan") as (_, port, _p):

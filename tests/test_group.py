@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes import smollm2, toy
 from reinforce.data import tokenize
-from reinforce.group import decoded, make_groups, response_ids, reward_request
+from reinforce.group import Judged, decoded, make_groups, response_ids, reward_request
 from reinforce.reward_model import query_ids
 from reinforce.sampler import Sampling, row_seed, sample
 
@@ -67,7 +67,7 @@ def test_groups_hold_each_prompts_own_rows():
     tokenizer = toy.make_tokenizer()
     prompts, out = rollout(tokenizer, [{"prompt": "anna on the pizza :"}, {"prompt": "ben on the film :"}])
     reward = out.logp.sum(1).double()
-    groups = make_groups(tokenizer, prompts, out, reward, None, reward)
+    groups = make_groups(tokenizer, prompts, out, Judged(reward, None, reward))
     assert [g.prompt for g in groups] == [p.text for p in prompts]
     assert [v for g in groups for v in g.logp] == pytest.approx(reward.tolist())
     assert [n for g in groups for n in g.length] == out.length.tolist()

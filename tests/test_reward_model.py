@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from recipes import toy, train_rm
+from recipes.fit import Plan
 from reinforce.errors import ConfigError
 from reinforce.reward_model import bradley_terry_loss, fingerprint, load_reward_model, messages_ids, query_ids, score
 
@@ -89,7 +90,7 @@ def test_bradley_terry_training_orders_pairs_that_it_has_not_seen():
     bodies = [torch.randint(20, 60, (5,), generator=draw).tolist() for _ in range(200)]
     pairs = [([1, *body, 10, 2], [1, *body, 11, 2]) for body in bodies]
     before = train_rm.pair_accuracy(model, pairs[150:], 0)
-    train_rm.train_reward_model(model, pairs[:150], steps=30, batch_size=16, lr=3e-3, pad_id=0, seed=0)
+    train_rm.train_reward_model(model, pairs[:150], 0, Plan(lr=3e-3, batch_size=16, epochs=3, quiet=True))
     assert train_rm.pair_accuracy(model, pairs[150:], 0) == 1.0 > before - 1e-9
     mean, std = train_rm.standardise(model, [c for c, _ in pairs], 0)
     rewards = (score(model, [c for c, _ in pairs], 0) - model.config.reward_mean) / model.config.reward_std

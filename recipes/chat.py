@@ -1,0 +1,81 @@
+"""Talk to a policy in the terminal.
+
+    python recipes/chat.py --policy runs/latest/checkpoints/step-000100
+
+A policy with a chat template gets the conversation so far; one without continues your text. Ctrl-D ends.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reinforce import device as devices
+from reinforce.config import flag, parse, refuse
+from reinforce.data import tokenize
+from reinforce.group import decoded, response_ids
+from reinforce.lifecycle import run
+from reinforce.policy import end_tokens, load_policy, load_tokenizer
+from reinforce.sampler import Sampling, row_seed, sample
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    policy: str | None = flag(None, "what", "folder or hub id")
+    max_new_tokens: int = flag(256, "sampling", "reply length at most, tokens")
+    temperature: float = flag(0.7, "sampling", "of the reply")
+    top_p: float = flag(0.95, "sampling", "probability mass kept")
+    greedy: bool = flag(False, "sampling", "the likeliest token each time")
+    seed: int = flag(0, "sampling", "of every draw")
+    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        refuse(self, needed=("policy",), positive=("max_new_tokens", "temperature", "top_p"))
+
+
+def main() -> None:
+    """Read a line, reply, until the input ends."""
+    config = parse(Config, __doc__)
+    assert config.policy is not None
+    tokenizer = load_tokenizer(config.policy)
+    ends = end_tokens(config.policy, tokenizer)
+    device = devices.pick(config.device)
+    model = load_policy(config.policy, tokenizer, device)
+    bf16 = devices.use_bf16("auto", device, sum(w.numel() for w in model.parameters()))
+    how = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, top_p=config.top_p)
+    messages: list[dict[str, str]] = []
+    for turn, line in enumerate(iter(lambda: read("you: "), None)):
+        record: dict[str, object] = {"prompt": line}
+        if tokenizer.chat_template:
+            messages.append({"role": "user", "content": line})
+            record = {"messages": messages}
+        prompt = tokenize([record], tokenizer, sys.maxsize, "your text")[0][0]
+        with devices.autocast(device, bf16):
+            out = sample(model, [prompt.ids], [row_seed(config.seed, turn, 0, 0)], dataclasses.replace(how, greedy=config.greedy))
+        reply = decoded(tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": reply})
+        print(f"policy: {reply}", flush=True)
+
+
+def read(question: str) -> str | None:
+    """A line that is not empty; None at the end of the input."""
+    try:
+        while not (line := input(question).strip()):
+            pass
+    except EOFError:
+        return None
+    return line
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    sys.exit(run(main, name="recipes/chat.py"))

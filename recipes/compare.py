@@ -1,0 +1,293 @@
+"""Baselines side by side: the same prompts, seeds and number of generated tokens, several seeds each.
+
+    ./launch.sh compare                                                                the toy, 6 baselines x 5 seeds
+    ./launch.sh compare --policy SFT --train-data P.jsonl --rm-host HOST --rm-port PORT -- --lr 1e-5 --max-new-tokens 64
+
+What follows -- goes to every train.py. ReMax pays for its greedy response: every curve is read at the same number of sampled
+tokens, the greedy ones included, and the budget is what the shortest run used. Told are reward, KL and objective over the last
+tenth of it with 95 % intervals over seeds (Student's t), the difference of the objective to RLOO's on the same seeds, and tokens
+and seconds to a given reward. The noise of the gradient estimate is measured by itself, on one policy for all baselines: for a
+step of P prompts, the trace of the estimate's covariance over the squared length of its mean. The initial policy and the last
+one of the first RLOO run are measured, with every seed.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes import toy
+from recipes.intervals import student
+from reinforce import baselines, distributed, lifecycle
+from reinforce import device as devices
+from reinforce.actor import Actor, set_up
+from reinforce.config import BASELINES, TrainConfig, flag, parse, refuse
+from reinforce.data import Prompt
+from reinforce.errors import ConfigError, FailedError
+from reinforce.experience import judge, rollout
+from reinforce.policy import load_policy
+
+Lines = list[dict[str, Any]]  # metrics.jsonl of a run
+Numbers = dict[str, float | None]  # a run at the budget
+Noise = dict[str, list[dict[str, float | None]]]  # "initial" and "trained": for each seed, baseline -> ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+NOISE_STEP, MEAN_STEP = -3, -4  # of the random numbers: no training step's
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    policy: str | None = flag(None, "what", "as of train.py (default: the toy)")
+    train_data: str | None = flag(None, "what", "as of train.py")
+    rm_host: str | None = flag(None, "what", "as of train.py")
+    rm_port: int | None = flag(None, "what", "as of train.py")
+    baselines: tuple[str, ...] = flag(BASELINES, "what", "which ones", nargs="+", choices=BASELINES)
+    seeds: int = flag(5, "size", "runs of each baseline")
+    max_steps: int = flag(100, "size", "steps of each run")
+    noise_prompts: int = flag(64, "size", "prompts on which the noise of the gradient is measured, for each seed; 0: not at all")
+    jobs: int = flag(1, "size", "runs at a time")
+    target: float = flag(1.0, "report", "reward whose cost in tokens and seconds is told (mean of five steps)")
+    log_dir: str | None = flag(None, "report", "folder of runs, table and plot (default: a new runs/compare-TIME)")
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        refuse(self, positive=("seeds", "max_steps", "jobs"), not_negative=("noise_prompts",))
+        if self.seeds < 2:
+            raise ConfigError("--seeds must be 2 or more: one run has no interval")
+        own = {"--policy": self.policy, "--train-data": self.train_data, "--rm-host": self.rm_host, "--rm-port": self.rm_port}
+        if None in own.values() and any(value is not None for value in own.values()):
+            raise ConfigError(f"{', '.join(own)} come as a set (none of them: the toy)")
+        if "rloo" not in self.baselines:
+            raise ConfigError("--baselines needs rloo, to which the others are compared")
+
+
+def train_all(config: Config, common: list[str], folder: Path) -> None:
+    """Every baseline with every seed, as train.py runs of their own. Raises FailedError."""
+    jobs = [(b, s) for s in range(config.seeds) for b in config.baselines]
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+
+    def one(job: tuple[str, int]) -> str:
+        baseline, seed = job
+        run = folder / f"{baseline}-{seed}"
+        size = ["--max-steps", str(config.max_steps), "--save-interval", str(config.max_steps), "--save-top-k", "0"]
+        command = [sys.executable, str(ROOT / "train.py"), "--baseline", baseline, "--seed", str(seed), "--log-dir", str(run)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([*command, *size, *common], capture_output=True, text=True, env=environment)
+        return "" if done.returncode == 0 else f"{run}: {done.stderr.strip().splitlines()[-1:]}"
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for n, ((baseline, seed), failure) in enumerate(zip(jobs, pool.map(one, jobs), strict=True), 1):
+            if failure:
+                pool.shutdown(cancel_futures=True)
+                raise FailedError(f"a run failed: {failure}")
+            print(f"run {n}/{len(jobs)}  {baseline}, seed {seed}  {time.monotonic() - start:.0f} s", flush=True)
+
+
+def read_run(folder: Path) -> Lines:
+    """Lines of a run's metrics.jsonl, with the tokens and seconds up to each."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tokens, seconds = 0, 0.0
+    for line in lines:
+        tokens += line["tokens"]
+        seconds += sum(line[f"time_{part}"] for part in ("rollout", "reward", "reference", "update"))
+        line["tokens_so_far"], line["seconds_so_far"] = tokens, seconds
+    return lines
+
+
+def at_budget(lines: Lines, budget: int, target: float) -> Numbers:
+    """A run's numbers over the last tenth of the first `budget` tokens, and what `target` cost (None: never reached)."""
+    within = [line for line in lines if line["tokens_so_far"] <= budget]
+    late = [line for line in within if line["tokens_so_far"] > 0.9 * budget] or within[-1:]
+    found: Numbers = {name: statistics.fmean(line[name] for line in late) for name in ("reward", "objective")}
+    found["kl"] = statistics.fmean(line["kl"] for line in late) if late[0]["kl"] is not None else None
+    found["steps"] = float(len(within))
+    smooth = [statistics.fmean(line["reward"] for line in within[max(0, i - 4) : i + 1]) for i in range(len(within))]
+    first = next((line for line, mean in zip(within, smooth, strict=True) if mean >= target and line["step"] >= 5), None)
+    found["tokens"] = None if first is None else float(first["tokens_so_far"])
+    found["seconds"] = None if first is None else first["seconds_so_far"]
+    return found
+
+
+def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) -> dict[str, float | None]:
+    """trace Cov(estimate of one step) / |E estimate|^2 of each baseline, all from the same responses to these prompts.
+
+    With g_p the estimate from prompt p alone, trace Cov = sum_p |g_p - mean|^2 / (n - 1) and a step of P prompts has 1/P of it.
+    |mean|^2 is too large by trace Cov / n, which is taken off; where nothing is left these prompts do not tell it: None.
+    """
+    config, k = actor.config, actor.config.num_rollouts_per_prompt
+    rows, likeliest = config.rollout_micro_batch_size, dataclasses.replace(actor.training, greedy=True)
+    out = rollout(actor, prompts, k, NOISE_STEP, actor.training, rows)
+    greedy = rollout(actor, prompts, 1, NOISE_STEP, likeliest, rows)
+    other = rollout(actor, prompts, k, MEAN_STEP, actor.training, rows)  # for ema: a past of its own
+    reward = judge(actor, prompts, out).objective.view(-1, k)  # (n, K)
+    past = baselines.Ema(0.0)
+    past(judge(actor, prompts, other).objective.view(-1, k))
+    against = judge(actor, prompts, greedy).objective  # (n,)
+    every = {"none": lambda: baselines.none(reward), "ema": lambda: past(reward), "rloo": lambda: baselines.rloo(reward),
+             "remax": lambda: baselines.remax(reward, against), "group-mean": lambda: baselines.group_mean(reward),
+             "grpo": lambda: baselines.grpo(reward)}  # fmt: skip
+    advantage = torch.stack([every[name]() for name in names]).float().to(actor.device)  # (baselines, n, K)
+
+    weights = [w for w in actor.model.parameters() if w.requires_grad]
+    total = torch.zeros(len(names), sum(w.numel() for w in weights), device=actor.device)  # (baselines, D)
+    squares = torch.zeros(len(names), dtype=torch.float64)
+    for p in range(len(prompts)):
+        scores = []
+        for row in range(p * k, (p + 1) * k):
+            part = out.take([row])
+            with devices.autocast(actor.device, actor.bf16):
+                logp = actor.scorer(part.prompt, part.prompt_mask, part.response, part.mask)
+            scores.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)]))
+        g = advantage[:, p] @ torch.stack(scores) / k  # (baselines, D)
+        total += g
+        squares += g.double().square().sum(1).cpu()
+    n = len(prompts)
+    mean_square = (total / n).double().square().sum(1).cpu()  # (baselines,)
+    covariance = (squares - n * mean_square) / (n - 1)  # (baselines,)
+    signal = mean_square - covariance / n
+    ratios = [(c / config.num_rollout_samples / s).item() if s > 0 else None for c, s in zip(covariance, signal, strict=True)]
+    return dict(zip(names, ratios, strict=True))
+
+
+def measure_noise(settings: TrainConfig, config: Config, trained: Path) -> Noise:
+    """Of the initial policy, and of a trained one: a dictionary a seed."""
+    found: Noise = {"initial": [], "trained": []}
+    for seed in range(config.seeds):
+        with ExitStack() as stack:
+            actor, prompts, _ = set_up(dataclasses.replace(settings, seed=seed), stack)
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+            some = [prompts[i] for i in order[: config.noise_prompts]]
+            found["initial"].append(gradient_noise(actor, some, config.baselines))
+            source = load_policy(str(trained), actor.tokenizer, actor.device)
+            actor.model.load_state_dict(source.state_dict())
+            found["trained"].append(gradient_noise(actor, some, config.baselines))
+    return found
+
+
+def told(values: Sequence[float | None], form: str) -> str:
+    """Mean and half interval, or how many runs never had the number."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return f"{len(known)} of {len(values)} runs"
+    mean, half = student(known)
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
+
+
+def write_table(config: Config, runs: dict[str, list[Numbers]], noise: Noise, budget: int) -> str:
+    """The comparison in Markdown."""
+    lines = ["| baseline | reward | KL, nats | objective | objective − RLOO's | steps | tokens to reward "
+             f"{config.target:g} | seconds | noise, initial | noise, trained |", "|" + "---|" * 10]  # fmt: skip
+    rloo = [run["objective"] for run in runs["rloo"]]
+    for name in config.baselines:
+        own = runs[name]
+        column = {key: [run[key] for run in own] for key in own[0]}
+        gain = [(a or 0.0) - (b or 0.0) for a, b in zip(column["objective"], rloo, strict=True)]
+        measured = [told([one[name] for one in noise[where]], ".2f") if noise[where] else "–" for where in ("initial", "trained")]
+        cells = [name, told(column["reward"], ".3f"), told(column["kl"], ".2f"), told(column["objective"], ".3f"),
+                 "–" if name == "rloo" else told(gain, "+.3f"), told(column["steps"], ".0f"), told(column["tokens"], ".0f"),
+                 told(column["seconds"], ".1f"), *measured]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{config.seeds} seeds, the first {budget} sampled tokens of each run; intervals are of 95 %."])
+
+
+def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: int, path: Path) -> None:
+    """Reward against tokens and against KL, and the noise of the gradient."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    grid = np.linspace(0, budget, 60)[1:]
+    for i, name in enumerate(config.baselines):
+        along = {key: np.array([[near(run, t, key) for t in grid] for run in curves[name]]) for key in ("reward", "kl")}
+        bands = np.array([student(column.tolist()) for column in along["reward"].T])  # (points, 2)
+        left.plot(grid, bands[:, 0], color=f"C{i}", label=name)
+        left.fill_between(grid, bands[:, 0] - bands[:, 1], bands[:, 0] + bands[:, 1], color=f"C{i}", alpha=0.12, linewidth=0)
+        middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=name)
+        ends = [(near(run, budget, "kl"), near(run, budget, "reward")) for run in curves[name]]
+        middle.plot(*zip(*ends, strict=True), "o", color=f"C{i}", markersize=4)
+        for j, where in enumerate(("initial", "trained")):
+            known = [value for one in noise[where] if (value := one[name]) is not None]
+            if len(known) > 1:
+                mean, half = student(known)
+                right.bar(i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3)
+    left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
+    middle.set(xlabel="KL to the initial policy, nats", ylabel="reward", title="reward against KL; dots: the seeds at the end")
+    right.set(xticks=np.arange(len(config.baselines)) + 0.2, xticklabels=config.baselines, yscale="log",
+              title="noise of one step's gradient: tr Cov / |mean|²\\n(full: initial policy, pale: trained)")  # fmt: skip
+    left.legend()
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def near(run: Lines, tokens: float, key: str) -> float:
+    """Mean of the five steps up to a number of tokens."""
+    before = [line[key] or 0.0 for line in run if line["tokens_so_far"] <= tokens]
+    return statistics.fmean(before[-5:] or [run[0][key] or 0.0])
+
+
+def main() -> None:
+    """Train, measure, tell."""
+    argv = sys.argv[1:]
+    split = argv.index("--") if "--" in argv else len(argv)
+    config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
+    given = data_flags(config, (config.rm_host or "", config.rm_port or 0))
+    parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    folder = lifecycle.new_run_folder(config.log_dir, "compare")
+    with ExitStack() as stack:
+        if config.policy is None:
+            prepared = toy.prepare()
+            address = stack.enter_context(lifecycle.toy_server())
+            config = dataclasses.replace(config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl"))
+        else:
+            address = (str(config.rm_host), int(config.rm_port or 0))
+        common = [*data_flags(config, address), *extra]
+        train_all(config, common, folder)
+        curves = {name: [read_run(folder / f"{name}-{seed}") for seed in range(config.seeds)] for name in config.baselines}
+        noise: Noise = {"initial": [], "trained": []}
+        if config.noise_prompts:
+            print("noise of the gradient estimates ...", flush=True)
+            last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
+            noise = measure_noise(parse(TrainConfig, "", common), config, last)
+    budget = min(run[-1]["tokens_so_far"] for runs in curves.values() for run in runs)
+    results = {name: [at_budget(run, budget, config.target) for run in runs] for name, runs in curves.items()}
+    table = write_table(config, results, noise, budget)
+    (folder / "compare.md").write_text(table + "\n")
+    (folder / "compare.json").write_text(json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2))
+    draw(config, curves, noise, budget, folder / "compare.png")
+    print(f"\n{table}\n\ntable {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
+    distributed.stop()
+
+
+def data_flags(config: Config, address: tuple[str, int]) -> list[str]:
+    """train.py's flags for policy, prompts and reward."""
+    flags = {"--policy": config.policy, "--train-data": config.train_data, "--rm-host": address[0], "--rm-port": address[1]}
+    return [word for name, value in flags.items() for word in (name, str(value))]
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    sys.exit(lifecycle.run(main, name="recipes/compare.py"))

@@ -1,0 +1,206 @@
+"""Evaluation: the trained policy against the initial one, on test prompts, by the reward server.
+
+    python recipes/evaluate.py --run runs/latest                                     a run on the toy
+    python recipes/evaluate.py --run RUN --test-data test.jsonl --rm-host HOST --rm-port PORT
+
+Both policies answer every prompt with the same random numbers. Told are the mean reward of each, the difference and the win rate
+with paired bootstrap intervals (95 %, over prompts), the KL between them, length, how many end, and distinct-n. The run folder
+gets evaluation.json, evaluation.jsonl (every pair of responses) and report.html, a page that needs nothing else.
+The reward is the one that was trained on: it can be fooled, so read the samples, or give the server of another reward model.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes import toy
+from recipes.intervals import bootstrap
+from reinforce import kl, lifecycle
+from reinforce.actor import Actor, set_up
+from reinforce.config import TrainConfig, flag, parse, refuse
+from reinforce.data import Prompt
+from reinforce.errors import ConfigError
+from reinforce.experience import ask, rollout, score
+from reinforce.group import Group, Judged, make_groups
+from reinforce.metrics import distinct
+from reinforce.policy import load_policy
+
+STEP = -2  # of evaluation's random numbers: neither training's nor validation's
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    run: str | None = flag("runs/latest", "what", "run folder: its settings, its last checkpoint, and where the report goes")
+    policy: str | None = flag(None, "what", "trained policy: folder or hub id (default: the run's last checkpoint)")
+    initial_policy: str | None = flag(None, "what", "what it is compared with (default: where the run began)")
+    test_data: str | None = flag(None, "what", "prompts, as train.py reads them (default: the run's validation prompts)")
+    max_prompts: int = flag(256, "what", "the first so many of them")
+    rm_host: str | None = flag(None, "reward server", "host of serve_rm.py (a run on the toy: started here)")
+    rm_port: int | None = flag(None, "reward server", "its port")
+    rm_wait: float = flag(0.0, "reward server", "seconds to wait for it")
+    temperature: float | None = flag(None, "sampling", "of both policies (default: the run's)")
+    greedy: bool = flag(False, "sampling", "the likeliest token each time; no KL is measured then")
+    max_new_tokens: int | None = flag(None, "sampling", "response length at most, tokens (default: the run's)")
+    seed: int = flag(0, "sampling", "of every draw")
+    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
+
+    def check(self) -> None:
+        """Raise ConfigError on the first combination that cannot work."""
+        refuse(self, needed=("run",), positive=("max_prompts", "temperature", "max_new_tokens"))
+        if (self.rm_host is None) != (self.rm_port is None):
+            raise ConfigError("--rm-host and --rm-port come together")
+
+
+def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, str]:
+    """train.py's settings for the initial policy on the test prompts, the run folder, and the trained policy."""
+    run = Path(str(config.run))
+    try:
+        facts = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--run {run}: no run of train.py there ({error})") from error
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names}
+    base = TrainConfig(**values)
+    checkpoints = sorted(run.glob("checkpoints/step-*"))
+    if config.policy is None and not checkpoints:
+        raise ConfigError(f"--run {run}: no checkpoints there; give --policy")
+    initial, test, host, port = (
+        config.initial_policy or base.policy,
+        config.test_data or base.val_data,
+        config.rm_host,
+        config.rm_port,
+    )
+    if host is None and (base.policy is None or toy.holds(base.policy)):
+        folder = toy.prepare()
+        initial, test = initial or str(folder / "policy"), test or str(folder / "validation.jsonl")
+        host, port = stack.enter_context(lifecycle.toy_server())
+    if test is None:
+        raise ConfigError("--test-data is missing: the run had no validation prompts")
+    if host is None:
+        raise ConfigError("--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge")
+    changes: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "max_new_tokens") if getattr(config, name)}
+    changes |= {name: getattr(config, name) for name in ("rm_wait", "seed", "device", "precision")}
+    base = dataclasses.replace(
+        base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
+        initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, **changes,
+    )  # fmt: skip
+    return base, run, config.policy or str(checkpoints[-1])
+
+
+def answer(actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | None = None) -> list[Group]:
+    """One scored response to each prompt; with `initial`, its KL to that policy, nats."""
+    how = dataclasses.replace(actor.training, greedy=greedy)
+    out = rollout(actor, prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
+    reward = ask(actor, prompts, out)  # (P,)
+    distance = None
+    if initial is not None and not greedy:
+        distance = kl.per_response(kl.k1(out.logp, score(initial, initial.scorer, out)), out.mask).double().cpu()  # (P,)
+    return make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
+
+
+def mean_and_error(values: list[float]) -> dict[str, float]:
+    """Mean and standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "error": error}
+
+
+def summary(groups: list[Group]) -> dict[str, Any]:
+    """Numbers of one policy."""
+    texts = [g.response[0] for g in groups]
+    return {
+        "reward": mean_and_error([g.reward[0] for g in groups]),
+        "length": statistics.fmean(g.length[0] for g in groups),
+        "finished": statistics.fmean(g.finished[0] for g in groups),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
+
+
+def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
+    """Both policies' numbers, and the paired ones; each list has one group of one response a prompt, in the same order."""
+    difference = [b.reward[0] - a.reward[0] for a, b in zip(before, after, strict=True)]
+    wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in difference]
+    return {
+        "prompts": len(before),
+        "initial": summary(before),
+        "trained": summary(after),
+        "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
+        "win_rate": {"mean": statistics.fmean(wins), "interval": bootstrap(wins)},
+        "kl": mean_and_error([g.kl[0] for g in after if g.kl]) if after[0].kl else None,
+    }
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of (quantity, initial, trained) as text; a quantity of the pair has its value in the last column."""
+    a, b = result["initial"], result["trained"]
+
+    def interval(x: dict[str, Any], form: str) -> str:
+        low, high = x["interval"]
+        return f"{x['mean']:{form}} [{low:{form}}, {high:{form}}]"
+
+    first, second = (f"{x['reward']['mean']:.3f} ± {x['reward']['error']:.3f}" for x in (a, b))
+    rows = [("reward", first, second)]
+    rows.append(("reward, trained − initial", "", interval(result["difference"], "+.3f")))
+    rows.append(("win rate", "", interval(result["win_rate"], ".3f")))
+    if result["kl"]:
+        rows.append(("KL(trained ‖ initial), nats a response", "", f"{result['kl']['mean']:.2f} ± {result['kl']['error']:.2f}"))
+    names = {"length": "tokens a response", "finished": "finished", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
+    rows += [(name, f"{a[key]:.2f}", f"{b[key]:.2f}") for key, name in names.items()]
+    return rows
+
+
+def write_report(run: Path, title: str, result: dict[str, Any], before: list[Group], after: list[Group]) -> None:
+    """report.html: the table, the run's curves and every pair of responses, in one file without external resources."""
+    samples = [{"prompt": a.prompt, "initial": a.response[0], "trained": b.response[0], "initial_reward": a.reward[0],
+                "trained_reward": b.reward[0]} for a, b in zip(before, after, strict=True)]  # fmt: skip
+    with (run / "evaluation.jsonl").open("w") as lines:
+        lines.writelines(json.dumps(sample) + "\n" for sample in samples)
+    curves = run / "curves.png"
+    image = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}" if curves.exists() else ""
+    data = json.dumps({"title": title, "table": table(result), "samples": samples, "curves": image}).replace("<", "\\u003c")
+    page = Path(__file__).with_name("report.html").read_text().replace("{{data}}", data)
+    (run / "report.html").write_text(page)
+
+
+def main() -> None:
+    """Sample both, judge both, tell."""
+    config = parse(Config, __doc__)
+    with ExitStack() as stack:
+        settings, run, trained = settings_of(config, stack)
+        initial, prompts, _ = set_up(settings, stack)
+        prompts = prompts[: config.max_prompts]
+        before = answer(initial, prompts, config.greedy)
+        model = load_policy(trained, initial.tokenizer, initial.device)
+        after = answer(dataclasses.replace(initial, model=model), prompts, config.greedy, initial)
+    result = compare(before, after)
+    print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")
+    for name, left, right in [("", "initial", "trained"), *table(result)]:
+        print(f"{name:<40}{left:>18}{right:>28}")
+    for a, b in list(zip(before, after, strict=True))[:5]:
+        print(f"\nprompt  {a.prompt.strip()[-300:]}")
+        print(f"initial {a.reward[0]:+.2f}  {a.response[0].strip()}")
+        print(f"trained {b.reward[0]:+.2f}  {b.response[0].strip()}")
+    (run / "evaluation.json").write_text(json.dumps(result, indent=2))
+    write_report(run, f"{run.resolve().name}: {Path(trained).name} against the initial policy", result, before, after)
+    print(f"\nreport {run}/report.html · {run}/evaluation.json · {run}/evaluation.jsonl")
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    sys.exit(lifecycle.run(main, name="recipes/evaluate.py"))

@@ -1,0 +1,66 @@
+"""HH-RLHF preference pairs made ready: train.jsonl, test.jsonl and validation.jsonl, split by opening message.
+
+    python recipes/hh.py PAIRS.jsonl.gz
+
+Every recipe and train.py read these files as they are: SFT learns the chosen replies, the reward model the pairs, REINFORCE takes
+what both replies answer. No conversation of test.jsonl opens as one that anything was trained on. Reward-model accuracy and the
+final evaluation use test.jsonl; validation.jsonl holds a few prompts of the training side, for the curve.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from reinforce.lifecycle import run  # noqa: E402
+from reinforce.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
+
+HELD_OUT = 1 / 3
+VALIDATION = 32
+
+
+def write(path: Path, pairs: list[Preference]) -> None:
+    """One pair a line, as chat messages."""
+    with path.open("w") as file:
+        for pair in pairs:
+            replies = {"chosen": pair.chosen, "rejected": pair.rejected}
+            record = {"prompt": pair.prompt, **{k: [{"role": "assistant", "content": text}] for k, text in replies.items()}}
+            file.write(json.dumps(record) + "\n")
+
+
+def prepare(source: str) -> Path:
+    """The folder with the three files, made if it is missing."""
+    content = Path(source).read_bytes() if Path(source).is_file() else source.encode()
+    folder = ROOT / "cache" / f"hh-{hashlib.sha256(content).hexdigest()[:8]}"
+    if folder.is_dir():
+        return folder
+    pairs, odd = read_pairs(source, "PAIRS")
+    for reason, count in odd.items():
+        print(f"{source}: {count} {reason}", file=sys.stderr)
+    train, test = split_by_opening(pairs, HELD_OUT)
+    train, validation = train[:-VALIDATION], train[-VALIDATION:]
+    print(f"{source}: {len(train)} pairs to train on, {len(validation)} for validation, {len(test)} held out", file=sys.stderr)
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        write(partial / f"{name}.jsonl", part)
+    partial.rename(folder)
+    return folder
+
+
+def main() -> None:
+    """Prepare, and print the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", metavar="PAIRS", help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id")
+    print(prepare(parser.parse_args().pairs))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, name="recipes/hh.py"))

@@ -1,0 +1,131 @@
+"""Preference pairs in: one prompt with a chosen and a rejected reply, as HH-RLHF's dialogues or as chat messages.
+
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Go away."}
+    {"chosen": [{"role", "content"}, ...], "rejected": [...]}          each the whole conversation, or with "prompt" its end
+
+A turn begins at a blank line, the speaker's name and a colon; "Human:" anywhere else is text, and so is a speaker's name
+before a second turn of the same speaker. Real data has pairs that teach nothing; they are counted by reason, never crashed on.
+See "Training a Helpful and Harmless Assistant with RLHF", Bai et al. (2022, arXiv 2204.05862).
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.errors import ConfigError
+from reinforce.records import BadLineError, is_chat, read_records
+
+ROLES = {"Human": "user", "Assistant": "assistant"}
+Messages = list[dict[str, str]]
+TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
+    "{{ bos_token }}{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' "
+    "if m.role == 'assistant' else '\\n\\n' }}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two replies to one conversation, the better one first."""
+
+    prompt: Messages  # ends with the user
+    chosen: str
+    rejected: str
+
+
+class UnusablePairError(BadLineError):
+    """A well-formed pair that holds no preference between two replies to one prompt."""
+
+
+def parse_dialogue(text: str) -> Messages:
+    r"""HH-RLHF's text as messages. Raises BadLineError.
+
+    >>> parse_dialogue("\n\nHuman: Who said 'Human: no'?\n\nAssistant: I did.")
+    [{'role': 'user', 'content': "Who said 'Human: no'?"}, {'role': 'assistant', 'content': 'I did.'}]
+    """
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if before.strip() or not parts or parts[0] != "Human":
+        raise BadLineError(r'not a dialogue: it must begin with "\n\nHuman:"')
+    messages: Messages = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        if messages and messages[-1]["role"] == ROLES[speaker]:
+            messages[-1]["content"] += f"\n\n{speaker}:{said.rstrip()}"
+        else:
+            messages.append({"role": ROLES[speaker], "content": said.strip()})
+    return messages
+
+
+def conversation(value: Any) -> Messages:
+    """A dialogue's messages, from either form, ending with the assistant. Raises BadLineError."""
+    messages = parse_dialogue(value) if isinstance(value, str) else value
+    if not is_chat(messages) or messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise BadLineError("a dialogue must be messages that end with the assistant's reply")
+    return list(messages)
+
+
+def side(record: dict[str, Any], key: str) -> Messages:
+    """The whole conversation of one side of a pair, "chosen" or "rejected". Raises BadLineError."""
+    prompt = record.get("prompt")
+    if prompt is None:
+        return conversation(record[key])
+    if not is_chat(prompt) or not is_chat(record[key]):
+        raise BadLineError(f'"prompt" and "{key}" must both be lists of {{"role", "content"}}')
+    return conversation([*prompt, *record[key]])
+
+
+def parse_pair(record: Any) -> Preference:
+    """One record as a preference. Raises BadLineError if it is malformed, UnusablePairError if it is no preference."""
+    if not isinstance(record, dict) or "chosen" not in record or "rejected" not in record:
+        raise BadLineError('not an object with "chosen" and "rejected"')
+    chosen, rejected = side(record, "chosen"), side(record, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise UnusablePairError("replies to different prompts")
+    if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
+        raise UnusablePairError("an empty reply")
+    if chosen[-1] == rejected[-1]:
+        raise UnusablePairError("twice the same reply")
+    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def read_pairs(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[list[Preference], dict[str, int]]:
+    """The usable pairs of a file, folder or hub data set, and a count by reason of what is odd or was left out.
+
+    Raises ConfigError on malformed lines, unless they are skipped.
+    """
+    odd: Counter[str] = Counter()
+
+    def check(record: Any) -> Preference | None:
+        try:
+            pair = parse_pair(record)
+        except UnusablePairError as error:
+            odd[f"left out, {error}"] += 1
+            return None
+        said = [pair.chosen, pair.rejected, *(m["content"] for m in pair.prompt)]
+        if any(re.search(r"\b(Human|Assistant):", text) for text in said):
+            odd["kept, a speaker's name inside a turn"] += 1
+        return pair
+
+    found, bad = read_records(source, flag, check, skip_bad_lines, "pairs")
+    if bad:
+        odd["left out, malformed"] = bad
+    pairs = [pair for pair in found if pair is not None]
+    if not pairs:
+        raise ConfigError(f"{flag} {source}: no usable pairs in it ({dict(odd)})")
+    return pairs, dict(odd)
+
+
+def split_by_opening(pairs: Sequence[Preference], share: float, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
+    """Pairs to train on and pairs held out, about `share` of all; conversations that open alike are on the same side.
+
+    The side is a function of the opening message and the seed alone, so it is the same in every file and for every recipe.
+    """
+    train: list[Preference] = []
+    held_out: list[Preference] = []
+    for pair in pairs:
+        opening = " ".join(pair.prompt[0]["content"].lower().split())
+        digest = hashlib.blake2b(f"{seed}/{opening}".encode(), digest_size=8).digest()
+        (held_out if int.from_bytes(digest, "big") < share * 2**64 else train).append(pair)
+    return train, held_out

@@ -1,0 +1,248 @@
+"""Options of the update against the gradient of J = E[r] - beta * KL, by enumeration: what each of them follows, exactly."""
+
+import pytest
+import torch
+from tiny import (
+    BETA,
+    FINISHED,
+    GROUPS,
+    MASK,
+    PLACE,
+    TOKEN,
+    K,
+    N,
+    T,
+    cosine,
+    expected_gradient,
+    logp_table,
+    objective,
+    probability,
+    random_problem,
+    true_gradient,
+)
+
+from reinforce import baselines
+from reinforce.kl import abs_k1, exact_kl, k1, per_response
+from reinforce.logprobs import policy_logits
+from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
+
+EVERYTHING = torch.arange(N)[:, None]
+LENGTH = MASK.sum(1)
+KLS = [(k1, "sum"), (k1, "mean"), (abs_k1, "sum"), (abs_k1, "mean")]
+
+
+def gradient_of(value, logits):
+    """Gradient of a scalar function of the logits, by autograd."""
+    leaf = logits.detach().requires_grad_()
+    return torch.autograd.grad(value(leaf), leaf)[0]
+
+
+def chance(logits):
+    """pi(y) with its graph, (N,)."""
+    return (logp_table(logits) * MASK).sum(1).exp()
+
+
+@pytest.mark.parametrize(("estimate", "reduce"), KLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kl_in_the_reward_follows_the_gradient_of_its_mean_less_that_of_its_value(estimate, reduce, seed):
+    """E[f grad log pi] = grad E[f] - E[grad f]; the last term is 0 for k1 summed, and for no other."""
+    logits, ref, _ = random_problem(seed)
+    ref_logp = logp_table(ref)
+
+    def f(x):
+        return per_response(estimate(logp_table(x), ref_logp), MASK, reduce)
+
+    got = expected_gradient(logits, f(logits)[:, None], groups=EVERYTHING)
+    missing = gradient_of(lambda x: (probability(logits) * f(x)).sum(), logits)
+    torch.testing.assert_close(got, gradient_of(lambda x: (chance(x) * f(x)).sum(), logits) - missing, rtol=0, atol=1e-12)
+    assert (missing.norm() < 1e-12) == (estimate is k1 and reduce == "sum")
+    if (estimate, reduce) == (k1, "mean"):  # its missing term is that of the mean inverse length
+        torch.testing.assert_close(missing, gradient_of(lambda x: (chance(x) / LENGTH).sum(), logits), rtol=0, atol=1e-12)
+
+
+def test_the_stated_cosines_of_the_kl_options():
+    logits, ref, reward = random_problem(0)
+    true = true_gradient(logits, ref, 0 * reward, beta=-1.0)  # of KL itself
+    found = {}
+    for estimate, reduce in KLS:
+        f = per_response(estimate(logp_table(logits), logp_table(ref)), MASK, reduce)
+        found[estimate.__name__, reduce] = round(cosine(expected_gradient(logits, f[:, None], groups=EVERYTHING), true), 2)
+    assert found == {("k1", "sum"): 1.0, ("k1", "mean"): 0.96, ("abs_k1", "sum"): 0.78, ("abs_k1", "mean"): 0.77}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_length_norm_follows_the_reward_per_token(seed):
+    """A response of n tokens counts 1/n: without a baseline that is the gradient of E[R / n], exactly."""
+    logits, ref, reward = random_problem(seed)
+    r, weight = objective(logits, ref, reward), token_weights(MASK, "length").double()
+    per_token = gradient_of(lambda x: (chance(x) * r / LENGTH).sum(), logits)
+    got = expected_gradient(logits, baselines.none(r[GROUPS]), weight)
+    torch.testing.assert_close(got, per_token, rtol=0, atol=1e-7)
+    mean = (probability(logits) * r).sum()
+    inverse = gradient_of(lambda x: (chance(x) / LENGTH).sum(), logits)
+    got = expected_gradient(logits, baselines.rloo(r[GROUPS]), weight)
+    torch.testing.assert_close(got, per_token - mean * inverse, rtol=0, atol=1e-7)
+    assert cosine(got, true_gradient(logits, ref, reward)) < 0.999
+
+
+def divisors(norm, valid):
+    """N of each group as an optimizer step of its own, (groups,)."""
+    return torch.tensor([float(normaliser(LENGTH[g], v, norm)) for g, v in zip(GROUPS, valid, strict=True)], dtype=torch.float64)
+
+
+ALL = torch.ones_like(GROUPS, dtype=torch.bool)
+ENDED = FINISHED[GROUPS]
+DIVISORS = {("token", "keep"): divisors("token", ALL), ("sequence", "keep"): divisors("sequence", ALL),
+            ("sequence", "drop"): divisors("sequence", ENDED)}  # fmt: skip
+
+
+def with_norm(logits, advantage, norm, truncated="keep"):
+    """Expected gradient when each group is an optimizer step of its own, divided by its own N; groups with N = 0 give 0."""
+    n = DIVISORS[norm, truncated]
+    valid = ENDED if truncated == "drop" else ALL
+    return expected_gradient(logits, (advantage * valid).masked_fill((n == 0)[:, None], 0) * K / n.clamp(min=1)[:, None])
+
+
+def test_token_norm_is_exact_for_equal_lengths_and_nears_the_truth_otherwise():
+    logits, ref, reward = random_problem(0)
+    never = logits.clone()
+    never[:, 0] = -40.0  # no response ends early
+    endless = ref.clone()
+    endless[:, 0] = -40.0
+    advantage = baselines.rloo(objective(never, endless, reward)[GROUPS])
+    torch.testing.assert_close(with_norm(never, advantage, "token"), true_gradient(never, endless, reward) / T, rtol=0, atol=1e-9)
+    got = with_norm(logits, baselines.rloo(objective(logits, ref, reward)[GROUPS]), "token")
+    assert 0.9 < cosine(got, true_gradient(logits, ref, reward)) < 0.9999
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dropping_unfinished_responses_follows_another_objective_exactly(seed):
+    """rloo: P(two or more of a group finish) * grad E[R | finished]; none: P(one or more) / P(finished) * grad E[R 1{finished}]."""
+    logits, ref, reward = random_problem(seed)
+    r = objective(logits, ref, reward)
+    valid, p = ENDED, (probability(logits) * FINISHED).sum()
+    at_least = [sum(probability(logits)[GROUPS].prod(1) * (valid.sum(1) >= n)).item() for n in range(3)]
+    given = gradient_of(lambda x: (chance(x) * FINISHED * r).sum() / (chance(x) * FINISHED).sum(), logits)
+    got = with_norm(logits, baselines.rloo(r[GROUPS], valid), "sequence", "drop")
+    torch.testing.assert_close(got, given * at_least[2], rtol=0, atol=1e-12)
+    joint = gradient_of(lambda x: (chance(x) * FINISHED * r).sum(), logits)
+    got = with_norm(logits, baselines.none(r[GROUPS], valid), "sequence", "drop")
+    torch.testing.assert_close(got, joint * at_least[1] / p, rtol=0, atol=1e-12)
+    for other in (given, joint):
+        assert cosine(other, true_gradient(logits, ref, reward)) < 0.999
+
+
+def test_a_minimum_length_is_part_of_the_policy_when_scorer_and_sampler_share_the_mask():
+    logits, ref, reward = random_problem(2)
+    possible = LENGTH > 1  # with --min-new-tokens 1 the first token is no end token
+
+    def logp(x, barred):
+        t, ends = torch.arange(T).expand(N, T).flatten(), torch.tensor([0])
+        masked = policy_logits(x[PLACE].flatten(0, 1), t, 1.0, ends, barred).double().log_softmax(-1)
+        return masked.gather(1, TOKEN.flatten()[:, None]).view(N, T)[possible], MASK[possible]
+
+    def total(x, barred):
+        value, mask = logp(x, barred)
+        return (value * mask).sum(1)
+
+    with torch.no_grad():
+        pi, d = total(logits, 1).exp(), total(logits, 1) - total(ref, 1)
+    assert pi.sum().item() == pytest.approx(1, abs=1e-6)
+    r = reward[possible] - BETA * d
+    leaf = logits.clone().requires_grad_()
+    value, mask = logp(leaf, 1)
+    got = torch.autograd.grad(reinforce_loss(value, -r * pi, mask, 1), leaf)[0]
+    want = gradient_of(lambda x: (total(x, 1).exp() * (reward[possible] - BETA * (total(x, 1) - total(ref, 1)))).sum(), logits)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    score = gradient_of(lambda x: (pi * total(x, 1)).sum(), logits)
+    assert score.abs().max() < 1e-6, "the score function of the policy that is sampled has mean 0"
+    unmasked = gradient_of(lambda x: (pi * total(x, 0)).sum(), logits)
+    assert unmasked.abs().max() > 0.05, "that of another policy has not"
+
+
+def off_policy(old, new, ref, reward, clip, place=PLACE, token=TOKEN, mask=MASK):
+    """Expected gradient of the clipped form at `new`, over responses that `old` sampled; R fixed when they were sampled."""
+    logp_old = old.log_softmax(-1)[place, token]
+    pi = (logp_old * mask).sum(1).exp()
+    r = reward - BETA * ((logp_old - ref.log_softmax(-1)[place, token]) * mask).sum(1)
+    leaf = new.clone().requires_grad_()
+    logp = leaf.log_softmax(-1)[place, token]
+    loss = clipped_loss(logp, logp_old, pi * r, mask, 1, clip)
+    return -torch.autograd.grad(loss, leaf)[0], r, clipped_tokens(logp, logp_old, pi * r, mask, clip)
+
+
+def test_a_second_optimizer_step_is_exact_for_one_token_responses_and_biased_for_longer_ones():
+    """A ratio per token corrects a response of one token; of longer ones it leaves out the ratios of the other tokens."""
+    old, ref, reward = random_problem(0)
+    new = old + 0.3 * random_problem(5)[0]
+    place, token, mask = torch.zeros(3, 1, dtype=torch.long), torch.arange(3)[:, None], torch.ones(3, 1, dtype=torch.bool)
+    got, r, cut = off_policy(old[:1], new[:1], ref[:1], reward[:3], 1e9, place, token, mask)
+    torch.testing.assert_close(got, gradient_of(lambda x: (x.softmax(-1)[0] * r).sum(), new[:1]), rtol=0, atol=1e-12)
+    assert cut == 0
+    got, r, _ = off_policy(old, new, ref, reward, 1e9)
+    assert 0.5 < cosine(got, gradient_of(lambda x: (chance(x) * r).sum(), new)) < 0.999
+    tight, _, cut = off_policy(old, new, ref, reward, 0.05)
+    assert cut > 0 and cosine(tight, got) < 0.99
+    first, r, cut = off_policy(old, old, ref, reward, 0.05)
+    torch.testing.assert_close(first, gradient_of(lambda x: (chance(x) * r).sum(), old), rtol=0, atol=1e-12)
+    assert cut == 0
+
+
+def test_kl_reward_to_go_has_the_same_expectation_as_the_sum_and_another_value_per_response():
+    logits, ref, _ = random_problem(0)
+    d = k1(logp_table(logits), logp_table(ref)) * MASK  # (N, T)
+    to_go = d.flip(1).cumsum(1).flip(1)  # (N, T)
+    ones = torch.ones(N, 1, dtype=torch.float64)
+    by_token = expected_gradient(logits, ones, weight=MASK * to_go, groups=EVERYTHING)
+    by_response = expected_gradient(logits, d.sum(1)[:, None], groups=EVERYTHING)
+    torch.testing.assert_close(by_token, by_response, rtol=0, atol=1e-12)
+    assert not torch.allclose(to_go[:, -1], d.sum(1))
+
+
+def settle(ref, reward, gradient, steps=600):
+    """KL(pi || pi*) after following a gradient from pi_ref; pi* = pi_ref exp(r / beta), normalised, is the known optimum."""
+    logits = ref.clone()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    for _ in range(steps):
+        logits.grad = -gradient(logits)
+        optimizer.step()
+        decay.step()
+    best = (probability(ref).log() + reward / BETA).log_softmax(0)
+    return exact_kl(probability(logits).log(), best).item()
+
+
+def fixed_point(option):
+    """Where training with an option ends up, as KL(pi || pi*) in nats."""
+    _, ref, reward = random_problem(1)
+    name, value = option
+
+    def gradient(logits):
+        estimate, reduce = value if name == "kl" else (k1, "sum")
+        r = reward - BETA * per_response(estimate(logp_table(logits), logp_table(ref)), MASK, reduce)
+        weight = token_weights(MASK, "length").double() if value == "length" else MASK
+        if name == "kl" or value == "length":  # K = 1 with the mean as a constant baseline: the same expectation, fewer rows
+            mean = (probability(logits) * r).sum()
+            return expected_gradient(logits, (r - mean)[:, None], weight, EVERYTHING)
+        valid = ENDED if value == "drop" else ALL
+        advantage = getattr(baselines, value if name == "baseline" else "rloo")(r[GROUPS], valid)
+        return with_norm(logits, advantage, "token" if value == "token" else "sequence", "drop" if value == "drop" else "keep")
+
+    return settle(ref, reward, gradient)
+
+
+ENDS = {  # nats; the README prints them
+    ("kl", (k1, "sum")): 0.0,
+    ("kl", (k1, "mean")): 0.405,
+    ("kl", (abs_k1, "sum")): 1.165,
+    ("kl", (abs_k1, "mean")): 0.707,
+    ("norm", "length"): 0.0,  # at the optimum every response has the same R, so every advantage is 0, however it is weighted
+    ("norm", "token"): 0.0,
+    ("truncated", "drop"): 0.870,
+    ("baseline", "grpo"): 0.0,
+}
+
+
+@pytest.mark.parametrize("option", ENDS, ids=lambda o: f"{o[0]} {o[1] if isinstance(o[1], str) else o[1][0].__name__ + o[1][1]}")
+def test_which_options_reach_the_known_optimum_and_how_far_off_the_others_end(option):
+    assert fixed_point(option) == pytest.approx(ENDS[option], abs=0.001)

@@ -1,0 +1,122 @@
+"""Preference pairs: HH-RLHF's dialogues as they really are, split so that nothing held out opens like anything trained on."""
+
+import gzip
+import json
+
+import pytest
+
+from reinforce.data import check_record
+from reinforce.errors import ConfigError
+from reinforce.preferences import TEMPLATE, parse_dialogue, parse_pair, read_pairs, split_by_opening
+from reinforce.records import BadLineError, read_records
+
+
+def dialogue(*turns):
+    return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {turn}" for i, turn in enumerate(turns))
+
+
+def pair(chosen, rejected, *before):
+    return {"chosen": dialogue(*before, chosen), "rejected": dialogue(*before, rejected)}
+
+
+def save(path, records):
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+    return str(path)
+
+
+def test_a_dialogue_of_many_turns_becomes_messages():
+    got = parse_dialogue(dialogue("Hi", "Hello.\n\nHow are you?", "Fine: thanks", "Good."))
+    assert [m["role"] for m in got] == ["user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in got] == ["Hi", "Hello.\n\nHow are you?", "Fine: thanks", "Good."]
+
+
+@pytest.mark.parametrize(
+    "said", ["Human: is a label", "He said\nHuman: no", "a Human:Assistant: thing", "Assistant:", "x\n\nhuman: y"]
+)
+def test_a_speakers_name_inside_a_turn_is_text(said):
+    assert parse_dialogue(dialogue("Hi", said))[1]["content"] == said
+
+
+def test_a_second_turn_of_the_same_speaker_belongs_to_the_first():
+    got = parse_dialogue("\n\nHuman: Hi\n\nAssistant: One\n\nAssistant: two")
+    assert got == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One\n\nAssistant: two"}]
+
+
+@pytest.mark.parametrize(("record", "reason"), [
+    ({"chosen": dialogue("a", "b"), "rejected": dialogue("c", "d")}, "different prompts"),
+    (pair(" ", "b", "a"), "empty reply"), (pair("b", "", "a"), "empty reply"), (pair("b", "b ", "a"), "same reply"),
+])  # fmt: skip
+def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, record, reason):
+    good = pair("yes", "no", "Really?")
+    pairs, odd = read_pairs(save(tmp_path / "p.jsonl.gz", [good, record, good]), "--pairs")
+    assert len(pairs) == 2 and [n for why, n in odd.items() if reason in why] == [1]
+
+
+@pytest.mark.parametrize("record", [
+    {"chosen": "hello", "rejected": "x"}, {"chosen": dialogue("a"), "rejected": dialogue("a")}, {"chosen": dialogue("a", "b")},
+    {"chosen": "\n\nAssistant: first", "rejected": "\n\nAssistant: first"}, {"chosen": 3, "rejected": 4}, [1],
+    {"chosen": [{"role": "user"}], "rejected": []}, {"prompt": "text", "chosen": dialogue("a", "b"), "rejected": dialogue("a", "c")},
+])  # fmt: skip
+def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, record):
+    path = save(tmp_path / "p.jsonl", [pair("yes", "no", "Really?"), record])
+    with pytest.raises(ConfigError, match=r"p\.jsonl:2: "):
+        read_pairs(path, "--pairs")
+    pairs, odd = read_pairs(path, "--pairs", skip_bad_lines=True)
+    assert len(pairs) == 1 and odd == {"left out, malformed": 1}
+
+
+def test_the_same_pair_as_dialogue_as_conversations_and_with_a_prompt_of_its_own():
+    before, replies = [{"role": "user", "content": "Hi"}], {"chosen": "Hello.", "rejected": "Go."}
+    answers = {k: [{"role": "assistant", "content": v}] for k, v in replies.items()}
+    forms = [pair("Hello.", "Go.", "Hi"), {k: before + v for k, v in answers.items()}, {"prompt": before, **answers}]
+    assert len({repr(parse_pair(form)) for form in forms}) == 1
+
+
+def test_a_pair_is_also_a_prompt_for_the_policy():
+    assert check_record(pair("Hello.", "Go.", "Hi"))["messages"] == [{"role": "user", "content": "Hi"}]
+    assert check_record({**pair("b", "c", "a"), "label": 7})["label"] == 7
+    with pytest.raises(BadLineError):
+        check_record({"chosen": "nothing"})
+
+
+def test_openings_are_on_one_side_only_and_always_the_same():
+    pairs = [parse_pair(pair("yes", "no", f"Question {i % 40}?", "Go on.", f"Part {i}")) for i in range(400)]
+    train, held_out = split_by_opening(pairs, 0.3)
+    sides = [{p.prompt[0]["content"] for p in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1] and len(train) + len(held_out) == 400 and 0.1 < len(held_out) / 400 < 0.5
+    again = split_by_opening(pairs[::-1], 0.3)[1]
+    assert {p.prompt[0]["content"] for p in again} == sides[1]
+    spaced = [parse_pair(pair("yes", "no", f"  question {i}?\n")) for i in range(40)]
+    assert {" ".join(p.prompt[0]["content"].lower().split()) for p in split_by_opening(spaced, 0.3)[1]} == {
+        s.lower() for s in sides[1]
+    }
+
+
+def test_a_tokenizer_without_a_chat_template_gets_hh_rlhfs_text():
+    from jinja2 import Template
+
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"}]
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    text = Template(TEMPLATE).render(messages=said, add_generation_prompt=True, **names)
+    assert text == "<s>\n\nHuman: Hi\n\nAssistant: Hello.</s>\n\nHuman: Bye\n\nAssistant:"
+    whole = Template(TEMPLATE).render(messages=[*said, {"role": "assistant", "content": "Bye."}], **names)
+    assert whole == text + " Bye.</s>", "an answer continues the generation prompt"
+
+
+def test_a_folder_in_hub_layout_is_read_through_datasets(tmp_path):
+    (tmp_path / "data/sub").mkdir(parents=True)
+    save(tmp_path / "data/train.jsonl", [pair("yes", "no", f"Question {i}?") for i in range(3)])
+    save(tmp_path / "data/test.jsonl", [pair("yes", "no", "Last?")])
+    assert len(read_pairs(str(tmp_path / "data"), "--pairs")[0]) == 3
+    pairs, _ = read_pairs(f"{tmp_path}/data:test", "--pairs")
+    assert pairs[0].prompt[0]["content"] == "Last?"
+    prompts, _ = read_records(str(tmp_path / "data"), "--train-data", check_record)
+    assert prompts[0]["messages"][0]["content"] == "Question 0?"
+    with pytest.raises(ConfigError, match=r"datasets cannot read this folder|no such file"):
+        read_pairs(str(tmp_path / "data/sub"), "--pairs")
+
+
+def test_a_file_with_no_usable_pair_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no usable pairs in it"):
+        read_pairs(save(tmp_path / "p.jsonl", [pair("same", "same", "a")]), "--pairs")

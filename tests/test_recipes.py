@@ -1,0 +1,337 @@
+"""What comes before and after: SFT, reward-model training, evaluation, comparison, chat, and all of them by launch.sh hh."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT, environment, metrics, tiny_llama, train_here
+from test_server import serving
+
+from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
+from recipes.fit import Plan
+from recipes.intervals import bootstrap, student, wilson
+from reinforce import lifecycle
+from reinforce.actor import set_up
+from reinforce.config import TrainConfig, parse
+from reinforce.experience import judge, rollout
+from reinforce.loss import reinforce_loss
+from reinforce.policy import load_policy
+from reinforce.reward_model import load_reward_model
+
+
+def recipe(module, *words, stdin=""):
+    """A recipe's main in this process: exit code and what it printed."""
+    text = io.StringIO()
+    with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["x", *map(str, words)]),
+          mock.patch.object(sys, "stdin", io.StringIO(stdin))):  # fmt: skip
+        code = lifecycle.run(module.main, name=module.__name__)
+    return code, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """HH-like pairs in the toy's words: the chosen review is the better one."""
+    rng, lines = random.Random(0), []
+    while len(lines) < 240:
+        thing = rng.choice(list(toy.PARTS))
+        a, b = toy.make_review(rng, thing), toy.make_review(rng, thing)
+        if toy.sentiment(a) <= toy.sentiment(b):
+            continue
+        prompt = f"\n\nHuman: {toy.make_prompt(rng)[0]} {len(lines)}\n\nAssistant: "
+        lines.append(json.dumps({"chosen": prompt + a, "rejected": prompt + b}) + "\n")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(small, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model") as (_, port, _p):
+        yield port
+
+
+def random_examples(n=12):
+    rng = random.Random(0)
+    make = lambda low, high: [rng.randrange(3, 50) for _ in range(rng.randint(low, high))]  # noqa: E731
+    return [(make(1, 9), [*make(1, 7), 2]) for _ in range(n)]
+
+
+def test_sft_loss_is_the_cross_entropy_of_the_answers_tokens_and_of_nothing_else():
+    model, examples = tiny_llama(), random_examples()
+    total = 0.0
+    for prompt, answer in examples:
+        labels = torch.tensor([[*[-100] * len(prompt), *answer]])
+        total += model(input_ids=torch.tensor([[*prompt, *answer]]), labels=labels).loss.item() * len(answer)
+    assert sft.mean_loss(model, examples, pad_id=0) == pytest.approx(total / sum(len(a) for _, a in examples), rel=1e-5)
+
+
+def gradients(model, monkeypatch, train):
+    """The gradient of the first optimizer step, before clipping."""
+    kept = []
+    clip = fit.clip
+    monkeypatch.setattr(
+        fit, "clip", lambda m, n: (kept.append(torch.cat([p.grad.flatten() for p in m.parameters()])), clip(m, n))[1]
+    )
+    train(model)
+    return kept[0]
+
+
+@pytest.mark.parametrize("what", ["sft", "reward model"])
+def test_gradients_of_the_recipes_do_not_depend_on_the_micro_batch(what, small, monkeypatch):
+    def train(model, tokens):
+        plan = Plan(lr=1e-3, batch_size=12, micro_batch_tokens=tokens, quiet=True)
+        if what == "sft":
+            sft.train_sft(model, random_examples(), 0, plan)
+        else:
+            train_rm.train_reward_model(model, [(p, a) for p, a in random_examples()], 0, plan)
+
+    def fresh():
+        return (
+            tiny_llama()
+            if what == "sft"
+            else load_reward_model(str(small / "reward_model"), torch.device("cpu"))[0].requires_grad_()
+        )
+
+    one, many = (gradients(fresh(), monkeypatch, lambda m, n=n: train(m, n)) for n in (10**6, 20))
+    assert (one - many).norm() <= 1e-5 * one.norm()
+
+
+def test_sft_of_chats_lowers_the_held_out_loss_and_gives_a_policy_that_train_py_takes(small, pairs, server, tmp_path):
+    words = ["--model", small / "policy", "--data", pairs, "--val-data", pairs, "--out", tmp_path / "sft", "--lr", "5e-3"]
+    code, out = recipe(sft, *words)
+    assert code == 0, out
+    before, after = map(float, re.search(r"--val-data: ([\d.]+) before, ([\d.]+) after", out).groups())
+    assert after < before - 0.3
+    assert "has no chat template; giving it HH-RLHF's" in out
+    trained = train_here("--policy", tmp_path / "sft", "--train-data", pairs, "--rm-host", "127.0.0.1", "--rm-port", server, "--rm-format",
+                         "query", "--max-steps", "1", "--num-rollout-samples", "2", "--log-dir", tmp_path / "run")  # fmt: skip
+    assert trained.returncode == 0, trained.stdout
+    prompt = json.loads((tmp_path / "run/rollouts.jsonl").read_text().splitlines()[0])["prompt"]
+    assert prompt.startswith("<s>\n\nHuman: ") and prompt.endswith("\n\nAssistant:")
+
+
+def test_an_answer_ends_with_exactly_one_end_token_and_the_prompt_is_tokenized_as_it_will_be():
+    tokenizer = toy.make_tokenizer()
+    end = tokenizer.eos_token_id
+    prompt, answer = sft.encode_example(tokenizer, [end], ("anna on the pizza in rome :", "the crust was fresh ."))
+    assert answer.count(end) == 1 and answer[-1] == end and prompt == tokenizer("anna on the pizza in rome :")["input_ids"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} </s> on {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    chat = [{"role": "user", "content": "pizza"}, {"role": "assistant", "content": "fresh"}]
+    prompt, answer = sft.encode_example(tokenizer, [end], chat)
+    assert tokenizer.decode(answer) == "fresh </s>", "what the template puts after the end token is not learned"
+
+
+def test_reward_model_training_reports_held_out_accuracy_and_stores_its_scale(small, pairs, tmp_path):
+    code, out = recipe(train_rm, "--model", small / "policy", "--pairs", pairs, "--out", tmp_path / "rm", "--lr", "5e-3", "--epochs", "8",
+                       "--batch-size", "32")  # fmt: skip
+    assert code == 0, out
+    accuracy, low, high, count = re.search(r"accuracy ([\d.]+) \(95 % interval ([\d.]+) to ([\d.]+)\) on (\d+) pairs", out).groups()
+    assert float(low) <= float(accuracy) <= float(high) and float(low) > 0.5
+    assert (float(low), float(high)) == pytest.approx(wilson(float(accuracy) * int(count), int(count)), abs=2e-3)
+    model, tokenizer = load_reward_model(str(tmp_path / "rm"), torch.device("cpu"))
+    train, held_out = (train_rm.encode_pairs(tokenizer, side, 512)
+                       for side in train_rm.split_by_opening(train_rm.read_pairs(str(pairs), "--pairs")[0], 0.2))  # fmt: skip
+    assert train_rm.pair_accuracy(model, held_out, tokenizer.pad_token_id) == pytest.approx(float(accuracy), abs=1e-3)
+    rewards = train_rm.scores(model, [s for pair in train[:256] for s in pair], tokenizer.pad_token_id)
+    assert (rewards.mean().item(), rewards.std().item()) == pytest.approx(
+        (model.config.reward_mean, model.config.reward_std), rel=1e-4
+    )
+
+
+def test_a_margin_asks_for_a_larger_gap():
+    chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])
+    want = -torch.sigmoid(chosen - rejected - 0.5).log().mean()
+    torch.testing.assert_close(train_rm.bradley_terry_loss(chosen - 0.5, rejected), want)
+
+
+@pytest.mark.parametrize(("module", "words", "reason"), [
+    (sft, ["--model", "m", "--data", "d"], "--out is missing"),
+    (sft, ["--model", "m", "--data", "none.jsonl", "--out", "o"], "--data none.jsonl: no such file"),
+    (sft, ["--model", "m", "--data", "d", "--out", "o", "--lr", "0"], "--lr is 0.0; it must be positive"),
+    (train_rm, ["--model", "m", "--pairs", "none.jsonl", "--out", "o"], "--pairs none.jsonl: no such file"),
+    (train_rm, ["--model", "m", "--pairs", "p", "--out", "o", "--held-out", "1"], "--held-out is 1.0"),
+    (evaluate, ["--run", "nowhere"], "--run nowhere: no run of train.py there"),
+    (compare, ["--policy", "p"], "come as a set"), (compare, ["--seeds", "1"], "--seeds must be 2 or more"),
+    (compare, ["--", "--num-rollouts-per-prompt", "1"], "--baseline rloo compares"), (chat, [], "--policy is missing"),
+])  # fmt: skip
+def test_a_recipe_refuses_bad_flags_in_one_sentence(module, words, reason):
+    code, out = recipe(module, *words)
+    assert code == 2 and reason in out and "Traceback" not in out and out.count("\n") <= 2
+
+
+def data_flags(small, port):
+    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port]
+
+
+SIZES = ["--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8"]
+
+
+def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(small, server, tmp_path):
+    run = tmp_path / "run"
+    words = [*data_flags(small, server), *SIZES, "--val-data", small / "train.jsonl", "--log-dir", run, "--lr", "0.01"]
+    assert train_here(*words).returncode == 0
+    address = ["--run", run, "--rm-host", "127.0.0.1", "--rm-port", server]
+    code, out = recipe(evaluate, *address, "--policy", small / "policy")
+    assert code == 0, out
+    same = json.loads((run / "evaluation.json").read_text())
+    assert same["difference"] == {"mean": 0.0, "interval": [0.0, 0.0]} and same["win_rate"]["mean"] == 0.5
+    assert abs(same["kl"]["mean"]) < 1e-4, "the same policy on the same draws"
+
+    code, out = recipe(evaluate, *address)
+    assert code == 0, out
+    result = json.loads((run / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    gaps = [row["trained_reward"] - row["initial_reward"] for row in rows]
+    assert len(rows) == result["prompts"] == 18
+    assert result["difference"]["mean"] == pytest.approx(sum(gaps) / 18) and result["difference"]["interval"] == list(
+        bootstrap(gaps)
+    )
+    assert result["win_rate"]["mean"] == pytest.approx(sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps) / 18)
+    page = (run / "report.html").read_text()
+    assert not re.search(
+        r"""(src|href)\s*=\s*["']?(?!data:)[^"'\s>]|https?://|@import|url\(""", page.replace("src = data.curves", "")
+    ), "no resources"
+    embedded = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert [s["trained"] for s in embedded["samples"]] == [row["trained"] for row in rows]
+    assert embedded["curves"].startswith("data:image/png;base64,")
+
+
+def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
+    group = evaluate.Group(
+        0, "</script><b>", ["</script><script>alert(1)</script>"], [1.0], None, [1.0], [True], [3], [True], [0.0]
+    )
+    evaluate.write_report(tmp_path, "t", evaluate.compare([group], [group]), [group], [group])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("</script>") == 2 and "alert(1)\\u003c/script>" in page
+
+
+def test_gradient_noise_equals_a_loop_over_prompts(small, server):
+    config = parse(TrainConfig, "", [str(w) for w in [*data_flags(small, server), *SIZES]])
+    with ExitStack() as stack:
+        actor, prompts, _ = set_up(config, stack)
+        got = compare.gradient_noise(actor, prompts[:5], ["rloo", "none"])
+        out = rollout(actor, prompts[:5], 2, compare.NOISE_STEP, actor.training, 64)
+        objective = judge(actor, prompts[:5], out).objective.view(5, 2)
+    for name, advantage in (("rloo", compare.baselines.rloo(objective)), ("none", objective)):
+        rows = []
+        for p in range(5):
+            part = out.take([2 * p, 2 * p + 1])
+            logp = actor.scorer(part.prompt, part.prompt_mask, part.response, part.mask)
+            loss = reinforce_loss(logp, advantage[p].float(), part.mask, 2)
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.model.parameters()))]).double())
+        g = torch.stack(rows)
+        trace, mean = g.var(0).sum(), g.mean(0).square().sum()
+        signal = (mean - trace / 5).item()
+        assert got[name] == (pytest.approx((trace / 6).item() / signal, rel=1e-3) if signal > 0 else None)
+
+
+def test_compare_reads_every_run_at_the_same_number_of_tokens(small, server, tmp_path):
+    words = [
+        "--baselines",
+        "rloo",
+        "remax",
+        "--seeds",
+        "2",
+        "--max-steps",
+        "3",
+        "--noise-prompts",
+        "3",
+        "--jobs",
+        "2",
+        "--target",
+        "-9",
+    ]
+    code, out = recipe(
+        compare, *data_flags(small, server), *words, "--log-dir", tmp_path / "c", "--", *SIZES, "--save-interval", "1"
+    )
+    assert code == 0, out
+    facts = json.loads((tmp_path / "c/compare.json").read_text())
+    totals = {}
+    for run in sorted((tmp_path / "c").glob("*-*/metrics.jsonl")):
+        groups = [json.loads(line) for line in (run.parent / "rollouts.jsonl").read_text().splitlines()]
+        sampled = sum(sum(g["length"]) for g in groups)
+        totals[run.parent.name] = sum(line["tokens"] for line in metrics(run.parent))
+        assert (totals[run.parent.name] > sampled) == run.parent.name.startswith("remax"), "the greedy responses count"
+    assert facts["budget"] == min(totals.values()) and {len(v) for v in facts["runs"].values()} == {2}
+    assert (tmp_path / "c/compare.png").read_bytes()[:4] == b"\x89PNG"
+    table = (tmp_path / "c/compare.md").read_text()
+    assert table.splitlines()[2].startswith("| rloo |") and table in out
+
+
+def test_a_run_is_read_up_to_the_budget_and_not_beyond():
+    lines = [{"step": i + 1, "reward": float(i), "objective": float(i), "kl": None, "tokens_so_far": 10 * (i + 1), "seconds_so_far": i + 1.0}
+             for i in range(20)]  # fmt: skip
+    got = compare.at_budget(lines, 100, target=5.0)
+    assert got["steps"] == 10 and got["reward"] == 9.0 and got["kl"] is None
+    assert got["tokens"] == 80, "the first step whose last five rewards, 3 to 7, average 5"
+    assert compare.at_budget(lines, 100, target=50.0)["tokens"] is None
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    draw = torch.Generator().manual_seed(0)
+    covered = {"wilson": 0, "student": 0, "bootstrap": 0}
+    for _ in range(400):
+        hits = int((torch.rand(60, generator=draw) < 0.6).sum())
+        values = torch.randn(60, generator=draw).add(1).tolist()
+        mean, half = student(values[:5])
+        low, high = bootstrap(values, draws=1000)
+        covered["wilson"] += wilson(hits, 60)[0] <= 0.6 <= wilson(hits, 60)[1]
+        covered["student"] += abs(mean - 1) <= half
+        covered["bootstrap"] += low <= 1 <= high
+    assert all(0.91 <= n / 400 <= 0.985 for n in covered.values()), covered
+
+
+def test_chat_replies_to_each_line_and_remembers_the_conversation(small, tmp_path, monkeypatch):
+    seen = []
+    real = chat.tokenize
+    monkeypatch.setattr(
+        chat, "tokenize", lambda records, *rest: (seen.append(json.loads(json.dumps(records))), real(records, *rest))[1]
+    )
+    code, out = recipe(chat, "--policy", small / "policy", "--max-new-tokens", "5", stdin="pizza\n\nhotel\n")
+    assert code == 0 and out.count("policy: ") == 2 and [r[0] for r in seen] == [{"prompt": "pizza"}, {"prompt": "hotel"}]
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = sft.with_template(tokenizer, "x").chat_template
+    load_policy(str(small / "policy"), tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "p")
+    tokenizer.save_pretrained(tmp_path / "p")
+    seen.clear()
+    assert recipe(chat, "--policy", tmp_path / "p", "--max-new-tokens", "5", stdin="pizza\nhotel\n")[0] == 0
+    assert [m["role"] for m in seen[1][0]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_launch_hh_runs_from_pairs_to_report_with_any_base(small, pairs, tmp_path):
+    folder = tmp_path / "clone"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    command = ["bash", "launch.sh", "hh", str(pairs), "--size", "quick", "--base", str(small / "policy"), "--max-steps", "2"]
+    done = subprocess.run(command, cwd=folder, env=environment(VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:/usr/bin:/bin"), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    for stage in ("== sft", "== reward_model", "held-out accuracy", "== reinforce", "== evaluate", "win rate", "report runs/hh-"):
+        assert stage in done.stdout
+    assert (folder / "runs/latest/report.html").exists()
+
+
+def test_settings_of_a_run_survive_the_way_through_its_folder(small, server, tmp_path):
+    config = evaluate.Config(run=str(tmp_path), test_data="t.jsonl", rm_host="h", rm_port=1, temperature=0.5, policy="p")
+    given = parse(
+        TrainConfig, "", [str(w) for w in [*data_flags(small, server), "--end-strings", "a", "b", "--max-new-tokens", "7"]]
+    )
+    (tmp_path / "config.json").write_text(json.dumps({**dataclasses.asdict(given), "torch": "2"}))
+    with ExitStack() as stack:
+        settings, run, policy = evaluate.settings_of(config, stack)
+    assert (settings.end_strings, settings.max_new_tokens, settings.temperature) == (("a", "b"), 7, 0.5)
+    assert (run, policy, settings.train_data, settings.rm_host) == (tmp_path, "p", "t.jsonl", "h")
