@@ -34,6 +34,17 @@ case "${1:-}" in
   *) echo "launch.sh: unknown recipe '$1'; there are toy, smollm2, run, hh and compare" >&2; exit 2 ;;
 esac
 
+run="" previous=""
+for word in "$@"; do
+  case "$word" in --log-dir=*) run="${word#--log-dir=}" ;; esac
+  if [ "$previous" = --log-dir ]; then run="$word"; fi
+  previous="$word"
+done
+if [ -e "$run/metrics.jsonl" ]; then
+  echo "launch.sh: --log-dir $run holds another run; give an empty or new folder" >&2
+  exit 2
+fi
+
 server_flags=(--exit-with-parent)
 train_flags=()
 case "$mode" in
@@ -64,11 +75,11 @@ case "$mode" in
       full) longest=1024 prompt=768 examples=1000000 steps=400 p=32 interval=50 tests=1000 ;;
       *) echo "launch.sh: --size is '$size'; there are quick, hour and full" >&2; exit 2 ;;
     esac
-    data="$("$python" "$here/recipes/hh.py" "$pairs")" || exit $?
+    data="$("$python" "$here/recipes/hh.py" "$pairs" "$@")" || exit $?  # it also checks the flags, now and not in half an hour
     work="$data/$size${base:+-$(basename "$base")}"
     if [ -z "$base" ]; then base="$("$python" "$here/recipes/smollm2.py" --model-only)/policy" || exit $?; fi
     stage() {  # stage FOLDER COMMAND ...: run it once, into a folder that is there only when it is whole
-      [ ! -d "$work/$1" ] || return 0
+      if [ -d "$work/$1" ]; then echo "== $1: there already, $work/$1"; return 0; fi
       echo "== $1"
       rm -rf "$work/.$1"
       "${@:2}" --out "$work/.$1" && mv "$work/.$1" "$work/$1"
@@ -89,16 +100,6 @@ case "$mode" in
     [ $# -eq 0 ] || shift ;;
 esac
 
-run="" previous=""
-for word in "$@"; do
-  case "$word" in --log-dir=*) run="${word#--log-dir=}" ;; esac
-  if [ "$previous" = --log-dir ]; then run="$word"; fi
-  previous="$word"
-done
-if [ -e "$run/metrics.jsonl" ]; then
-  echo "launch.sh: --log-dir $run holds another run; give an empty or new folder" >&2
-  exit 2
-fi
 if [ -z "$run" ]; then
   run="runs/$mode-$(date +%Y%m%d-%H%M%S)"
   [ ! -e "$run" ] || run="$run-$$"

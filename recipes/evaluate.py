@@ -110,7 +110,13 @@ def answer(actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | N
     distance = None
     if initial is not None and not greedy:
         distance = kl.per_response(kl.k1(out.logp, score(initial, initial.scorer, out)), out.mask).double().cpu()  # (P,)
-    return make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
+    groups = make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
+    return [dataclasses.replace(group, prompt=readable(prompt)) for group, prompt in zip(groups, prompts, strict=True)]
+
+
+def readable(prompt: Prompt) -> str:
+    """The prompt without the marks of its chat template."""
+    return prompt.text if prompt.messages is None else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
 
 
 def mean_and_error(values: list[float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from reinforce.config import TrainConfig, parse  # noqa: E402
 from reinforce.lifecycle import run  # noqa: E402
 from reinforce.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
 
@@ -56,10 +57,12 @@ def prepare(source: str) -> Path:
 
 
 def main() -> None:
-    """Prepare, and print the folder."""
+    """Check what follows as flags of train.py, prepare, and print the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", metavar="PAIRS", help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id")
-    print(prepare(parser.parse_args().pairs))
+    args, flags = parser.parse_known_args()
+    parse(TrainConfig, "", ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1", *flags])
+    print(prepare(args.pairs))
 
 
 if __name__ == "__main__":

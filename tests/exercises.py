@@ -4,7 +4,7 @@ python -m pytest tests/exercises.py -k reward_to_go
 """
 
 import torch
-from tiny import GROUPS, MASK, K, N, expected_gradient, logp_table, objective, probability, random_problem, true_gradient
+from tiny import GROUPS, MASK, N, expected_gradient, logp_table, objective, probability, random_problem, true_gradient
 
 from reinforce import baselines, kl
 
@@ -22,7 +22,7 @@ def variance(logits, advantage, weight=MASK, groups=GROUPS):
 
 def test_reward_to_go():
     """Exercise 1: kl.reward_to_go(kl (B, T), mask (B, T)) -> (B, T): each token's own KL and that of all later ones."""
-    logits, ref, _ = random_problem(0)
+    logits, ref, _ = random_problem(3)
     d = kl.k1(logp_table(logits), logp_table(ref))
     to_go = kl.reward_to_go(d, MASK)
     assert torch.equal(to_go[~MASK], torch.zeros_like(to_go[~MASK]))
@@ -50,18 +50,18 @@ def test_leave_one_out_over_the_whole_batch():
     torch.testing.assert_close(expected_gradient(logits, advantage), true_gradient(logits, ref, r), rtol=0, atol=1e-12)
 
 
-def test_optimal_constant():
-    """Exercise 3: baselines.optimal_constant(reward (P, K), score_norm (P, K)): b = E[|grad log pi|^2 R] / E[|grad log pi|^2].
+def test_best_constant():
+    """Exercise 3: baselines.best_constant(reward (n,), score_norm (n,), chance (n,)): E[|grad log pi|^2 R] / E[|grad log pi|^2].
 
-    Both means over the group's other rows, so that a row's baseline does not see its own reward; score_norm is |grad log pi|^2.
+    score_norm is |grad log pi|^2 of each response, chance its probability; no constant baseline has less variance.
     """
     logits, ref, reward = random_problem(0)
     r = objective(logits, ref, reward)
     leaf = logits.clone().requires_grad_()
     rows = [(logp_table(leaf)[i] * MASK[i]).sum() for i in range(N)]
     norm = torch.stack([torch.autograd.grad(x, leaf, retain_graph=True)[0].square().sum() for x in rows])  # (N,)
-    advantage = baselines.optimal_constant(r[GROUPS], norm[GROUPS])
-    others = [(norm[g[1:]] @ r[g[1:]] / norm[g[1:]].sum()) for g in GROUPS[:5]]
-    torch.testing.assert_close(advantage[:5, 0], r[GROUPS[:5, 0]] - torch.stack(others))
-    torch.testing.assert_close(expected_gradient(logits, advantage), true_gradient(logits, ref, reward), rtol=0, atol=1e-12)
-    assert variance(logits, advantage) < variance(logits, baselines.none(r[GROUPS])) and K == 3
+    best = float(baselines.best_constant(r, norm, probability(logits)))
+    everything = torch.arange(N)[:, None]
+    mean = (probability(logits) * r).sum().item()
+    spread = {b: variance(logits, (r - b)[:, None], MASK, everything) for b in (best, best - 0.05, best + 0.05, mean, 0.0)}
+    assert min(spread, key=spread.__getitem__) == best
