@@ -59,7 +59,7 @@ case "$mode" in
       --num-rollout-samples 8 --num-rollouts-per-prompt 4 --max-new-tokens 32 --max-steps 24 --max-epochs 2
       --lr 2e-5 --initial-policy-kl-penalty 0.02 --val-check-interval 12 --micro-batch-size 16) ;;
   hh)
-    pairs="${1:-}" size=hour base=''
+    pairs="${1:-}" size=hour base='' penalty=(--truncated penalize --missing-eos-penalty 0.5)
     case "$pairs" in
       -*|'') echo "launch.sh: hh needs a file of preference pairs: ./launch.sh hh PAIRS.jsonl.gz" >&2; exit 2 ;;
     esac
@@ -75,9 +75,18 @@ case "$mode" in
       full) longest=1024 prompt=768 examples=1000000 steps=400 p=32 interval=50 tests=1000 ;;
       *) echo "launch.sh: --size is '$size'; there are quick, hour and full" >&2; exit 2 ;;
     esac
-    data="$("$python" "$here/recipes/hh.py" "$pairs" "$@")" || exit $?  # it also checks the flags, now and not in half an hour
-    work="$data/$size${base:+-$(basename "$base")}"
+    for word in "$@"; do
+      case "$word" in -h|--help) exec "$python" "$here/train.py" --help ;; --truncated*) penalty=() ;; esac
+    done
+    train_flags+=(--num-rollout-samples "$p" --num-rollouts-per-prompt 4 --max-new-tokens 48 --max-prompt-length "$prompt"
+      --max-steps "$steps" --max-epochs 10 --val-check-interval "$interval" --lr 1e-5 --initial-policy-kl-penalty 0.05
+      --micro-batch-size 16 --micro-batch-tokens 2048 ${penalty[@]+"${penalty[@]}"})
+    # hh.py checks these flags, too: now, and not after an hour
+    data="$("$python" "$here/recipes/hh.py" "$pairs" "${train_flags[@]}" "$@")" || exit $?
     if [ -z "$base" ]; then base="$("$python" "$here/recipes/smollm2.py" --model-only)/policy" || exit $?; fi
+    if [ -d "$base" ]; then base="$(cd "$base" && pwd)"; fi
+    key="$( (echo "$base"; cat "$here/launch.sh" "$here"/recipes/{sft,train_rm,fit}.py) | cksum | cut -d ' ' -f 1)"
+    work="$data/$size-$key"  # what another base or another recipe made is not taken for this one's
     stage() {  # stage FOLDER COMMAND ...: run it once, into a folder that is there only when it is whole
       if [ -d "$work/$1" ]; then echo "== $1: there already, $work/$1"; return 0; fi
       echo "== $1"
@@ -91,10 +100,7 @@ case "$mode" in
       --test-pairs "$data/test.jsonl" --max-length "$longest" --max-pairs "$examples" --lr 3e-5 || exit $?
     echo "== reinforce"
     server_flags+=(--reward-model "$work/reward_model")
-    train_flags+=(--policy "$work/sft" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
-      --num-rollout-samples "$p" --num-rollouts-per-prompt 4 --max-new-tokens 48 --max-prompt-length "$prompt"
-      --max-steps "$steps" --max-epochs 10 --val-check-interval "$interval" --lr 1e-5 --initial-policy-kl-penalty 0.05
-      --truncated penalize --missing-eos-penalty 0.5 --micro-batch-size 16 --micro-batch-tokens 2048) ;;
+    train_flags+=(--policy "$work/sft" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl") ;;
   run)
     while [ $# -gt 0 ] && [ "$1" != -- ]; do server_flags+=("$1"); shift; done
     [ $# -eq 0 ] || shift ;;

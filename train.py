@@ -9,8 +9,8 @@ The update, for K responses y ~ pi to each prompt x:
     R = r(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)]       A = R - baseline(R)
     gradient of  -(1/N) sum_b A_b sum_t log pi(y_bt)                 N: rows of the whole optimizer step, all ranks
 
-Beside GRPO trainers this deletes the clipped ratio and the old log-probs (one update per rollout is on-policy), the division
-by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
+Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per rollout is on-policy), the
+division by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path
             losses, clipped, scorer_logp = losses + loss.item(), clipped + cut.item(), logp if logp_old is None else logp_old
             grad_norms.append(optim.clip(actor.model, config.max_grad_norm))
             if not math.isfinite(grad_norms[-1]):
-                raise FailedError(f"the gradient of step {step + 1} is {grad_norms[-1]}; no optimizer step was made")
+                raise FailedError(f"the gradient of step {step + 1} is {grad_norms[-1]}; its update was not made")
             optimizer.step()
             optimizer.zero_grad()
         updated = time.perf_counter()

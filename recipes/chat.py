@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -18,9 +19,10 @@ if __name__ == "__main__":
 from reinforce import device as devices
 from reinforce.config import flag, parse, refuse
 from reinforce.data import tokenize
+from reinforce.errors import ConfigError
 from reinforce.group import decoded, response_ids
 from reinforce.lifecycle import run
-from reinforce.policy import end_tokens, load_policy, load_tokenizer
+from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
 from reinforce.sampler import Sampling, row_seed, sample
 
 
@@ -51,13 +53,18 @@ def main() -> None:
     model = load_policy(config.policy, tokenizer, device)
     bf16 = devices.use_bf16("auto", device, sum(w.numel() for w in model.parameters()))
     how = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, top_p=config.top_p)
+    room = (context_length(config.policy) or sys.maxsize) - config.max_new_tokens
     messages: list[dict[str, str]] = []
     for turn, line in enumerate(iter(lambda: read("you: "), None)):
-        record: dict[str, object] = {"prompt": line}
-        if tokenizer.chat_template:
-            messages.append({"role": "user", "content": line})
-            record = {"messages": messages}
-        prompt = tokenize([record], tokenizer, sys.maxsize, "your text")[0][0]
+        messages.append({"role": "user", "content": line})
+        while True:  # forget the oldest turns when the context is full
+            record: dict[str, Any] = {"messages": messages} if tokenizer.chat_template else {"prompt": line}
+            prompt = tokenize([record], tokenizer, sys.maxsize, "your text")[0][0]
+            if len(prompt.ids) <= room or len(messages) < 3:
+                break
+            messages = messages[2:]
+        if len(prompt.ids) > room:
+            raise ConfigError(f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} exceed the context")
         with devices.autocast(device, bf16):
             out = sample(model, [prompt.ids], [row_seed(config.seed, turn, 0, 0)], dataclasses.replace(how, greedy=config.greedy))
         reply = decoded(tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True).strip()
@@ -70,7 +77,7 @@ def read(question: str) -> str | None:
     try:
         while not (line := input(question).strip()):
             pass
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
     return line
 

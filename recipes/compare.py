@@ -61,7 +61,7 @@ class Config:
     baselines: tuple[str, ...] = flag(BASELINES, "what", "which ones", nargs="+", choices=BASELINES)
     seeds: int = flag(5, "size", "runs of each baseline")
     max_steps: int = flag(100, "size", "steps of each run")
-    noise_prompts: int = flag(64, "size", "prompts on which the noise of the gradient is measured, for each seed; 0: not at all")
+    noise_prompts: int = flag(64, "size", "prompts for the noise of the gradient (memory: 14 gradients); 0: not measured")
     jobs: int = flag(1, "size", "runs at a time")
     target: float = flag(1.0, "report", "reward whose cost in tokens and seconds is told (mean of five steps)")
     log_dir: str | None = flag(None, "report", "folder of runs, table and plot (default: a new runs/compare-TIME)")
@@ -234,7 +234,7 @@ def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: i
     left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
     middle.set(xlabel="KL to the initial policy, nats", ylabel="reward", title="reward against KL; dots: the seeds at the end")
     right.set(xticks=np.arange(len(config.baselines)) + 0.2, xticklabels=config.baselines, yscale="log",
-              title="noise of one step's gradient: tr Cov / |mean|²\\n(full: initial policy, pale: trained)")  # fmt: skip
+              title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)")  # fmt: skip
     left.legend()
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
@@ -254,7 +254,13 @@ def main() -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
     given = data_flags(config, (config.rm_host or "", config.rm_port or 0))
-    parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    settings = parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    if own := {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval"} & {word.partition("=")[0] for word in extra}:
+        raise ConfigError(f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)")
+    if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
+        raise ConfigError("the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0")
+    if config.log_dir is not None:
+        lifecycle.new_folder(config.log_dir, "--log-dir")
     folder = lifecycle.new_run_folder(config.log_dir, "compare")
     with ExitStack() as stack:
         if config.policy is None:
@@ -266,19 +272,23 @@ def main() -> None:
         common = [*data_flags(config, address), *extra]
         train_all(config, common, folder)
         curves = {name: [read_run(folder / f"{name}-{seed}") for seed in range(config.seeds)] for name in config.baselines}
-        noise: Noise = {"initial": [], "trained": []}
+        report(config, curves, {"initial": [], "trained": []}, folder)  # kept if what follows needs more memory than there is
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)
             last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
-            noise = measure_noise(parse(TrainConfig, "", common), config, last)
+            report(config, curves, measure_noise(parse(TrainConfig, "", common), config, last), folder)
+    print(f"\n{(folder / 'compare.md').read_text()}")
+    print(f"table {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
+    distributed.stop()
+
+
+def report(config: Config, curves: dict[str, list[Lines]], noise: Noise, folder: Path) -> None:
+    """compare.md, compare.json and compare.png."""
     budget = min(run[-1]["tokens_so_far"] for runs in curves.values() for run in runs)
     results = {name: [at_budget(run, budget, config.target) for run in runs] for name, runs in curves.items()}
-    table = write_table(config, results, noise, budget)
-    (folder / "compare.md").write_text(table + "\n")
+    (folder / "compare.md").write_text(write_table(config, results, noise, budget) + "\n")
     (folder / "compare.json").write_text(json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2))
     draw(config, curves, noise, budget, folder / "compare.png")
-    print(f"\n{table}\n\ntable {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
-    distributed.stop()
 
 
 def data_flags(config: Config, address: tuple[str, int]) -> list[str]:

@@ -12,7 +12,6 @@ The reward is the one that was trained on: it can be fooled, so read the samples
 import base64
 import dataclasses
 import json
-import math
 import statistics
 import sys
 from contextlib import ExitStack
@@ -34,9 +33,10 @@ from reinforce.data import Prompt
 from reinforce.errors import ConfigError
 from reinforce.experience import ask, rollout, score
 from reinforce.group import Group, Judged, make_groups
-from reinforce.metrics import distinct
+from reinforce.metrics import distinct, mean_and_error, mean_reward
 from reinforce.policy import load_policy
 
+OVERRIDES = ("temperature", "max_new_tokens", "rm_wait", "seed", "device", "precision", "skip_bad_lines")
 STEP = -2  # of evaluation's random numbers: neither training's nor validation's
 
 
@@ -48,6 +48,7 @@ class Config:
     policy: str | None = flag(None, "what", "trained policy: folder or hub id (default: the run's last checkpoint)")
     initial_policy: str | None = flag(None, "what", "what it is compared with (default: where the run began)")
     test_data: str | None = flag(None, "what", "prompts, as train.py reads them (default: the run's validation prompts)")
+    skip_bad_lines: bool = flag(False, "what", "leave out malformed prompt lines and count them, instead of refusing")
     max_prompts: int = flag(256, "what", "the first so many of them")
     rm_host: str | None = flag(None, "reward server", "host of serve_rm.py (a run on the toy: started here)")
     rm_port: int | None = flag(None, "reward server", "its port")
@@ -56,8 +57,8 @@ class Config:
     greedy: bool = flag(False, "sampling", "the likeliest token each time; no KL is measured then")
     max_new_tokens: int | None = flag(None, "sampling", "response length at most, tokens (default: the run's)")
     seed: int = flag(0, "sampling", "of every draw")
-    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
+    device: str | None = flag(None, "hardware", "where to compute (default: as the run)", choices=("auto", "cpu", "cuda"))
+    precision: str | None = flag(None, "hardware", "as of train.py (default: as the run)", choices=("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
@@ -79,22 +80,18 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     checkpoints = sorted(run.glob("checkpoints/step-*"))
     if config.policy is None and not checkpoints:
         raise ConfigError(f"--run {run}: no checkpoints there; give --policy")
-    initial, test, host, port = (
-        config.initial_policy or base.policy,
-        config.test_data or base.val_data,
-        config.rm_host,
-        config.rm_port,
-    )
-    if host is None and (base.policy is None or toy.holds(base.policy)):
+    initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
+    host, port = config.rm_host, config.rm_port
+    if base.policy is None or toy.holds(base.policy):
         folder = toy.prepare()
         initial, test = initial or str(folder / "policy"), test or str(folder / "validation.jsonl")
-        host, port = stack.enter_context(lifecycle.toy_server())
+        if host is None:
+            host, port = stack.enter_context(lifecycle.toy_server())
     if test is None:
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
         raise ConfigError("--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "max_new_tokens") if getattr(config, name)}
-    changes |= {name: getattr(config, name) for name in ("rm_wait", "seed", "device", "precision")}
+    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) is not None}
     base = dataclasses.replace(
         base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
         initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, **changes,
@@ -119,17 +116,11 @@ def readable(prompt: Prompt) -> str:
     return prompt.text if prompt.messages is None else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
 
 
-def mean_and_error(values: list[float]) -> dict[str, float]:
-    """Mean and standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "error": error}
-
-
 def summary(groups: list[Group]) -> dict[str, Any]:
     """Numbers of one policy."""
     texts = [g.response[0] for g in groups]
     return {
-        "reward": mean_and_error([g.reward[0] for g in groups]),
+        "reward": dict(zip(("mean", "error"), mean_reward(groups), strict=True)),
         "length": statistics.fmean(g.length[0] for g in groups),
         "finished": statistics.fmean(g.finished[0] for g in groups),
         "distinct_1": distinct(texts, 1),
@@ -147,7 +138,7 @@ def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
         "trained": summary(after),
         "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
         "win_rate": {"mean": statistics.fmean(wins), "interval": bootstrap(wins)},
-        "kl": mean_and_error([g.kl[0] for g in after if g.kl]) if after[0].kl else None,
+        "kl": dict(zip(("mean", "error"), mean_and_error([g.kl[0] for g in after if g.kl]), strict=True)) if after[0].kl else None,
     }
 
 
@@ -188,10 +179,10 @@ def main() -> None:
     config = parse(Config, __doc__)
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
-        initial, prompts, _ = set_up(settings, stack)
+        initial, prompts, _ = set_up(settings, stack, "--initial-policy", "--test-data")
         prompts = prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
-        model = load_policy(trained, initial.tokenizer, initial.device)
+        model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
         after = answer(dataclasses.replace(initial, model=model), prompts, config.greedy, initial)
     result = compare(before, after)
     print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")

@@ -8,6 +8,7 @@ final evaluation use test.jsonl; validation.jsonl holds a few prompts of the tra
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from reinforce.config import TrainConfig, parse  # noqa: E402
+from reinforce.errors import ConfigError  # noqa: E402
 from reinforce.lifecycle import run  # noqa: E402
 from reinforce.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
 
@@ -35,18 +37,21 @@ def write(path: Path, pairs: list[Preference]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def prepare(source: str) -> Path:
-    """The folder with the three files, made if it is missing."""
-    content = Path(source).read_bytes() if Path(source).is_file() else source.encode()
-    folder = ROOT / "cache" / f"hh-{hashlib.sha256(content).hexdigest()[:8]}"
-    if folder.is_dir():
-        return folder
-    pairs, odd = read_pairs(source, "PAIRS")
+def prepare(source: str, skip_bad_lines: bool = False) -> Path:
+    """The folder with the three files, made if it is missing; the same pairs have the same folder. Raises ConfigError."""
+    pairs, odd = read_pairs(source, "PAIRS", skip_bad_lines)
     for reason, count in odd.items():
         print(f"{source}: {count} {reason}", file=sys.stderr)
     train, test = split_by_opening(pairs, HELD_OUT)
-    train, validation = train[:-VALIDATION], train[-VALIDATION:]
-    print(f"{source}: {len(train)} pairs to train on, {len(validation)} for validation, {len(test)} held out", file=sys.stderr)
+    count = min(VALIDATION, len(train) // 10)
+    train, validation = train[: len(train) - count], train[len(train) - count :]
+    print(f"{source}: {len(train)} pairs to train on, {count} for validation, {len(test)} held out", file=sys.stderr)
+    if not validation or not test:
+        raise ConfigError(f"{source}: too few pairs, or too few different openings, to hold some out")
+    content = json.dumps([[dataclasses.astuple(pair) for pair in part] for part in (train, validation, test)])
+    folder = ROOT / "cache" / f"hh-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    if folder.is_dir():
+        return folder
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -60,9 +65,11 @@ def main() -> None:
     """Check what follows as flags of train.py, prepare, and print the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", metavar="PAIRS", help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out malformed lines and count them")
     args, flags = parser.parse_known_args()
-    parse(TrainConfig, "", ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1", *flags])
-    print(prepare(args.pairs))
+    data = ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1"]  # not there yet
+    parse(TrainConfig, "", [*data, *flags])
+    print(prepare(args.pairs, args.skip_bad_lines))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,16 @@ if __name__ == "__main__":
 from recipes.fit import Plan, fit
 from reinforce import device as devices
 from reinforce.config import flag, parse, refuse
-from reinforce.data import encode
+from reinforce.data import encode, render
 from reinforce.errors import ConfigError
-from reinforce.lifecycle import run
+from reinforce.lifecycle import new_folder, run
 from reinforce.logprobs import Scorer, head_is_plain
-from reinforce.policy import end_tokens, load_policy, load_tokenizer, with_template
+from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer, with_template
 from reinforce.preferences import Messages, conversation, side
 from reinforce.records import BadLineError, read_records
 from reinforce.sampler import left_pad
 
+POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_examples")
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer, end token included
 
 
@@ -57,7 +58,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
-        refuse(self, needed=("model", "data", "out"), positive=("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length"))
+        refuse(self, needed=("model", "data", "out"), positive=POSITIVE)
 
 
 def check_example(record: Any) -> Messages | tuple[str, str]:
@@ -67,6 +68,8 @@ def check_example(record: Any) -> Messages | tuple[str, str]:
     if isinstance(record, dict) and "messages" in record:
         return conversation(record["messages"])
     if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("prompt", "completion")):
+        if not record["prompt"].strip() or not record["completion"].strip():
+            raise BadLineError('"prompt" and "completion" must not be empty')
         return record["prompt"], record["completion"]
     raise BadLineError('not an object with "messages", with "prompt" and "completion", or with "chosen"')
 
@@ -76,8 +79,8 @@ def encode_example(tokenizer: Any, ends: Sequence[int], example: Messages | tupl
     if isinstance(example, tuple):
         prompt, answer = encode(tokenizer, example[0]), example[1]
     else:
-        before = tokenizer.apply_chat_template(example[:-1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(example, tokenize=False)
+        before = render(tokenizer, example[:-1], "--data", add_generation_prompt=True)
+        whole = render(tokenizer, example, "--data")
         if not whole.startswith(before):
             raise ConfigError("--data: the chat template of --model renders an answer otherwise than its generation prompt begins")
         prompt, answer = tokenizer(before, add_special_tokens=False)["input_ids"], whole[len(before) :]
@@ -118,19 +121,20 @@ def main() -> None:
     sources = {"--data": config.data, "--val-data": config.val_data}
     chats = {name: read_records(source, name, check_example, config.skip_bad_lines, "examples")[0]
              for name, source in sources.items() if source is not None}  # fmt: skip
+    new_folder(config.out, "--out")
     tokenizer = load_tokenizer(config.model, "--model")
+    longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
     if any(isinstance(chat, list) for part in chats.values() for chat in part):
         with_template(tokenizer, "--model")
     ends = end_tokens(config.model, tokenizer, "--model")
     data = {}
     for name, part in chats.items():
         encoded = [encode_example(tokenizer, ends, chat) for chat in part]
-        data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= config.max_length]
-        print(
-            f"{name}: {len(data[name])} examples; left out {len(encoded) - len(data[name])} longer than {config.max_length} tokens"
-        )
+        data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= longest]
+        dropped = len(encoded) - len(data[name])
+        print(f"{name}: {len(data[name])} examples; left out {dropped} longer than {longest} tokens (--max-length)")
         if not data[name]:
-            raise ConfigError(f"{name}: every example is longer than --max-length {config.max_length} tokens")
+            raise ConfigError(f"{name}: every example is longer than --max-length {longest} tokens")
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")

@@ -27,11 +27,12 @@ from recipes.intervals import wilson
 from reinforce import device as devices
 from reinforce.config import flag, parse, refuse
 from reinforce.errors import ConfigError
-from reinforce.lifecycle import run
-from reinforce.policy import load_tokenizer, with_template
+from reinforce.lifecycle import new_folder, run
+from reinforce.policy import context_length, load_tokenizer, with_template
 from reinforce.preferences import Preference, read_pairs, split_by_opening
 from reinforce.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
 
+POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of prompt and response: the chosen one, the rejected one
 
 
@@ -52,13 +53,13 @@ class Config:
     epochs: float = flag(1.0, "training", "times through the pairs")
     batch_size: int = flag(16, "training", "pairs per optimizer step")
     micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
-    seed: int = flag(0, "training", "of the head, the split and the order")
+    seed: int = flag(0, "training", "of the head and the order")
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
-        refuse(self, needed=("model", "pairs", "out"), positive=("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length"))
+        refuse(self, needed=("model", "pairs", "out"), positive=POSITIVE)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out is {self.held_out}; it must be between 0 and 1")
 
@@ -109,11 +110,17 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Preference], max_length: int) -
     """Both conversations of each pair as the server will render them, without those that are too long."""
     encoded: list[Pair] = []
     for pair in pairs:
-        both = [messages_ids(tokenizer, [*pair.prompt, {"role": "assistant", "content": reply}], finished=True)
-                for reply in (pair.chosen, pair.rejected)]  # fmt: skip
+        replies = ([*pair.prompt, {"role": "assistant", "content": reply}] for reply in (pair.chosen, pair.rejected))
+        both = [messages_ids(tokenizer, messages, finished=True) for messages in replies]
         if max(map(len, both)) <= max_length:
             encoded.append((both[0], both[1]))
     return encoded
+
+
+def tell(odd: dict[str, int], flag: str) -> None:
+    """Print what was odd about a file's pairs."""
+    for reason, count in odd.items():
+        print(f"{flag}: {count} {reason}")
 
 
 def main() -> None:
@@ -121,16 +128,19 @@ def main() -> None:
     config = parse(Config, __doc__)
     assert config.model is not None and config.pairs is not None and config.out is not None
     found, odd = read_pairs(config.pairs, "--pairs", config.skip_bad_lines)
+    tell(odd, "--pairs")
     if config.test_pairs is None:
         sides = split_by_opening(found, config.held_out)
     else:
-        sides = found, read_pairs(config.test_pairs, "--test-pairs", config.skip_bad_lines)[0]
+        test, odd = read_pairs(config.test_pairs, "--test-pairs", config.skip_bad_lines)
+        tell(odd, "--test-pairs")
+        sides = found, test
+    new_folder(config.out, "--out")
     tokenizer = with_template(load_tokenizer(config.model, "--model"), "--model")
-    train, held_out = (encode_pairs(tokenizer, part, config.max_length) for part in sides)
+    longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
+    train, held_out = (encode_pairs(tokenizer, part, longest) for part in sides)
     train = train[: config.max_pairs]
-    for reason, count in odd.items():
-        print(f"--pairs: {count} {reason}")
-    print(f"--pairs: {len(train)} to train on, {len(held_out)} held out, of at most {config.max_length} tokens")
+    print(f"--pairs: {len(train)} to train on, {len(held_out)} held out, of at most {longest} tokens")
     if not train or not held_out:
         raise ConfigError("--pairs: one side of the split is empty; give more pairs, another --held-out or --max-length")
     device = devices.pick(config.device)

@@ -45,7 +45,7 @@ class Actor:
 
 
 def load_prompts(
-    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str
+    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str, data_flag: str
 ) -> dict[str, list[Prompt]]:
     """Tokenized prompts of each file; says how many were too long. Raises ConfigError where context or ranks do not fit."""
     room = context_length(policy)
@@ -57,7 +57,7 @@ def load_prompts(
         prompts[name], dropped = tokenize(lines, tokenizer, longest, name)
         if dropped and distributed.rank() == 0:
             print(f"{name}: left out {dropped} prompts longer than {longest} tokens (--max-prompt-length)")
-    world, count = distributed.world_size(), len(prompts["--train-data"])
+    world, count = distributed.world_size(), len(prompts[data_flag])
     left = count % config.num_rollout_samples  # prompts of an epoch's last step
     if 0 < left < world and (config.max_steps is None or config.max_steps > count // config.num_rollout_samples):
         raise ConfigError(
@@ -67,8 +67,13 @@ def load_prompts(
     return prompts
 
 
-def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], list[Prompt]]:
-    """Check, start the toy's server if there is no other (it ends with `stack`), load. Returns actor, prompts, held-out prompts."""
+def set_up(
+    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
+) -> tuple[Actor, list[Prompt], list[Prompt]]:
+    """Check, start the toy's server if there is no other (it ends with `stack`), load. Returns actor, prompts, held-out prompts.
+
+    The two flags are how errors name policy and prompts.
+    """
     device = devices.pick(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if config.policy is None and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
@@ -89,7 +94,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], 
     else:
         distributed.start(device)
     records = {}
-    for name, source in (("--train-data", train_data), ("--val-data", val_data)):
+    for name, source in ((data_flag, train_data), ("--val-data", val_data)):
         if source is not None:
             records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
             if bad and distributed.rank() == 0:
@@ -103,10 +108,10 @@ def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], 
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
     client.connect(config.rm_wait)
 
-    tokenizer = load_tokenizer(policy)
-    ends = end_tokens(policy, tokenizer)
-    prompts = load_prompts(config, tokenizer, records, policy)
-    model = load_policy(policy, tokenizer, device)
+    tokenizer = load_tokenizer(policy, policy_flag)
+    ends = end_tokens(policy, tokenizer, policy_flag)
+    prompts = load_prompts(config, tokenizer, records, policy, data_flag)
+    model = load_policy(policy, tokenizer, device, flag=policy_flag)
     bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
     plain = head_is_plain(model)
     if not plain and distributed.rank() == 0:
@@ -127,9 +132,9 @@ def set_up(config: TrainConfig, stack: ExitStack) -> tuple[Actor, list[Prompt], 
         print(
             f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {distributed.world_size()} ranks"
         )
-        size, count = sum(w.numel() for w in model.parameters()), len(prompts["--train-data"])
+        size, count = sum(w.numel() for w in model.parameters()), len(prompts[data_flag])
         print(f"{name}, {size / 1e6:.1f}M parameters · {count} prompts · baseline {config.baseline}")
-    return actor, prompts["--train-data"], prompts.get("--val-data", [])
+    return actor, prompts[data_flag], prompts.get("--val-data", [])
 
 
 def open_run_folder(config: TrainConfig) -> Path:

@@ -13,7 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means
     "nemo-aligner": {
         "baseline": "rloo", "initial_policy_kl_penalty": 0.01, "max_epochs": 1, "max_steps": 313, "val_check_interval": 4,
-        "save_top_k": 1, "lr": 1.001e-6, "min_lr": 1e-6, "warmup_steps": 0, "constant_steps": 312, "weight_decay": 0.01,
+        "save_top_k": 1, "lr": 1e-6, "weight_decay": 0.01,
         "num_rollout_samples": 16, "num_rollouts_per_prompt": 4, "global_batch_size": 16, "micro_batch_size": 1,
         "rollout_micro_batch_size": 4, "forward_micro_batch_size": 4, "val_rollout_micro_batch_size": 4,
         "kl": "abs", "kl_reduce": "mean", "loss_norm": "length",
@@ -52,12 +52,12 @@ class TrainConfig:
 
     baseline: str = flag("rloo", "objective", "what is subtracted from the objective", type=baseline_name, choices=BASELINES)
     initial_policy_kl_penalty: float = flag(0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded")
-    kl: str = flag("k1", "objective", "estimate per token, in the reward; abs: |k1|, the seed's (biased)", choices=("k1", "abs"))
-    kl_reduce: str = flag("sum", "objective", "over a response's tokens; mean: the seed's (biased)", choices=("sum", "mean"))
+    kl: str = flag("k1", "objective", "per token, in the reward; abs: |k1|, the tutorial's (biased)", choices=("k1", "abs"))
+    kl_reduce: str = flag("sum", "objective", "over a response's tokens; mean: the tutorial's (biased)", choices=("sum", "mean"))
     truncated: str = flag("keep", "objective", "unfinished responses: keep; drop from baseline and loss (biased); penalize",
                           choices=("keep", "drop", "penalize"))  # fmt: skip
     missing_eos_penalty: float | None = flag(None, "objective", "what --truncated penalize takes off their reward")
-    loss_norm: str = flag("sequence", "objective", "sum of tokens over rows; over tokens; mean of tokens over rows (the seed's)",
+    loss_norm: str = flag("sequence", "objective", "token sum over rows; over tokens; token mean over rows (the tutorial's)",
                           choices=("sequence", "token", "length"))  # fmt: skip
     ratio_clip: float = flag(0.2, "objective", "epsilon of the clipped ratio, if --global-batch-size gives several optimizer steps")
     ema_decay: float = flag(0.9, "objective", "share of the ema baseline that one step keeps")

@@ -7,7 +7,7 @@ that remain.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,6 +57,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
 
 
+def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **how: Any) -> str:
+    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it."""
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    except Exception as error:  # templates raise what they like
+        raise ConfigError(f"{where}: the chat template refuses {messages!r:.200} ({error})") from error
+
+
 def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, flag: str) -> tuple[list[Prompt], int]:
     """Prompts of at most max_length tokens, and how many longer ones were dropped. Raises ConfigError."""
     prompts, dropped = [], 0
@@ -67,10 +75,7 @@ def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, fla
         if messages is None:
             text = record["prompt"] if "prompt" in record else record["text"]
         else:
-            try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # templates raise what they like
-                raise ConfigError(f"{flag}: the chat template refuses prompt {index + 1} ({error})") from error
+            text = render(tokenizer, messages, f"{flag}, prompt {index + 1}", add_generation_prompt=True)
         ids = tuple(encode(tokenizer, text) if messages is None else tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise ConfigError(f"{flag}: the tokenizer of --policy makes no tokens of prompt {index + 1}, {text!r}")

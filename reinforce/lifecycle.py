@@ -69,6 +69,17 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
     return folder
 
 
+def new_folder(name: str, flag: str) -> None:
+    """Make the folder that a script will write to, before it works for hours. Raises ConfigError if it holds anything."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        used = any(Path(name).iterdir())
+    except OSError as error:
+        raise ConfigError(f"{flag} {name}: cannot be made ({error})") from error
+    if used:
+        raise ConfigError(f"{flag} {name}: not empty; give a new folder")
+
+
 def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: None, name: str = "train.py") -> int:
     """Call main and turn how it ended into an exit code and, once the folder is known, exit.json. `name` is the script's."""
     try:
@@ -80,6 +91,8 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
         code, reason = 75, str(error)
     except FailedError as error:
         code, reason = 1, str(error)
+    except KeyboardInterrupt:
+        code, reason = 75, "interrupted"
     except Exception as error:
         traceback.print_exc()
         code, reason = 1, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

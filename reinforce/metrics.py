@@ -49,11 +49,15 @@ def _counted(group: Group) -> list[float]:
     return [r for r, v in zip(group.objective, group.valid, strict=True) if v]
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
 def mean_reward(groups: Sequence[Group]) -> tuple[float, float]:
     """Mean of all rewards, and its standard error."""
-    reward = [r for g in groups for r in g.reward]
-    error = statistics.stdev(reward) / math.sqrt(len(reward)) if len(reward) > 1 else 0.0
-    return statistics.fmean(reward), error
+    return mean_and_error([r for g in groups for r in g.reward])
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:

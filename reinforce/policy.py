@@ -4,6 +4,7 @@ Dropout is off for good: the policy that is scored must be the policy that was s
 obstacle, since masks come from lengths. Left out: LoRA, quantised weights, and code that ships with a checkpoint.
 """
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from reinforce.preferences import TEMPLATE
 def announce(name: str, flag: str) -> None:
     """Say what is fetched before the wait for a network that may not be there."""
     if not Path(name).is_dir():
-        print(f"{flag} {name}: no such folder here, asking the Hugging Face hub ...", flush=True)
+        print(f"{flag} {name}: no such folder here, asking the Hugging Face hub ...", file=sys.stderr, flush=True)
 
 
 def load_tokenizer(name: str, flag: str = "--policy") -> Any:
@@ -65,12 +66,12 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
     return tuple(sorted(ids))
 
 
-def context_length(name: str) -> int | None:
+def context_length(name: str, flag: str = "--policy") -> int | None:
     """Longest sequence the model takes, in tokens, from its config alone; None if it names none. Raises ConfigError."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--policy {name}: no config.json that transformers can read ({first_line(error)})") from error
+        raise ConfigError(f"{flag} {name}: no config.json that transformers can read ({first_line(error)})") from error
     return getattr(config, "max_position_embeddings", None)
 
 

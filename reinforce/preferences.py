@@ -63,6 +63,8 @@ def conversation(value: Any) -> Messages:
     messages = parse_dialogue(value) if isinstance(value, str) else value
     if not is_chat(messages) or messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise BadLineError("a dialogue must be messages that end with the assistant's reply")
+    if all(m["role"] == "system" for m in messages[:-1]):
+        raise BadLineError("a dialogue must hold something that the assistant replies to")
     return list(messages)
 
 
@@ -83,6 +85,8 @@ def parse_pair(record: Any) -> Preference:
     chosen, rejected = side(record, "chosen"), side(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UnusablePairError("replies to different prompts")
+    if any(re.search(r"\n\n(Human|Assistant):", messages[-1]["content"]) for messages in (chosen, rejected)):
+        raise UnusablePairError("a reply in two turns, so it is unclear where the prompt ends")
     if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
         raise UnusablePairError("an empty reply")
     if chosen[-1] == rejected[-1]:
@@ -120,12 +124,14 @@ def read_pairs(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[li
 def split_by_opening(pairs: Sequence[Preference], share: float, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
     """Pairs to train on and pairs held out, about `share` of all; conversations that open alike are on the same side.
 
+    What opens a conversation is its first message after the system's.
     The side is a function of the opening message and the seed alone, so it is the same in every file and for every recipe.
     """
     train: list[Preference] = []
     held_out: list[Preference] = []
     for pair in pairs:
-        opening = " ".join(pair.prompt[0]["content"].lower().split())
+        first = next(m["content"] for m in pair.prompt if m["role"] != "system")
+        opening = " ".join(first.lower().split())
         digest = hashlib.blake2b(f"{seed}/{opening}".encode(), digest_size=8).digest()
         (held_out if int.from_bytes(digest, "big") < share * 2**64 else train).append(pair)
     return train, held_out

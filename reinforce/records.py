@@ -5,6 +5,8 @@ A bad line is named by file and line. Left out: CSV, and formats that `datasets`
 
 import gzip
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +64,7 @@ def read_records(
                 if not skip_bad_lines:
                     raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
                 bad += 1
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{flag} {source}: cannot be read ({error})") from error
     if not records:
         raise ConfigError(f"{flag} {source}: no {what} in it")
@@ -82,7 +84,7 @@ def _items(source: str, flag: str) -> Iterator[tuple[str, bytes | dict[str, Any]
     if not local and (name.endswith((".jsonl", ".json", ".gz")) or name.startswith((".", "/", "~"))):
         raise ConfigError(f"{flag} {source}: no such file")
     if not local:
-        print(f"{flag} {source}: no such file here, asking the Hugging Face hub ...", flush=True)
+        print(f"{flag} {source}: no such file here, asking the Hugging Face hub ...", file=sys.stderr, flush=True)
     import datasets
 
     datasets.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from reinforce.data import encode
+from reinforce.data import encode, render
 from reinforce.errors import ConfigError
 from reinforce.policy import announce, first_line, load_tokenizer, without_dropout
 
@@ -93,7 +93,7 @@ def query_ids(tokenizer: Any, text: str) -> list[int]:
 
 def messages_ids(tokenizer: Any, messages: list[dict[str, str]], finished: bool) -> list[int]:
     """Token ids of a conversation whose last message is the response, in this model's own chat template."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=not finished)
+    text = render(tokenizer, messages, "a conversation", continue_final_message=not finished)
     return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -45,15 +45,16 @@ def test_the_seeds_spellings_of_the_baselines_are_accepted():
 
 
 def test_a_preset_changes_defaults_and_a_flag_of_your_own_wins():
-    seed = parse(TrainConfig, "", ["--preset", "nemo-aligner", "--lr", "1e-5"])
+    seed = parse(TrainConfig, "", ["--preset", "nemo-aligner"])
     assert (seed.kl, seed.kl_reduce, seed.loss_norm, seed.global_batch_size, seed.baseline) == ("abs", "mean", "length", 16, "rloo")
     assert (seed.lr, seed.min_lr, seed.weight_decay, seed.initial_policy_kl_penalty, seed.max_steps) == (
-        1e-5,
         1e-6,
+        None,
         0.01,
         0.01,
         313,
     )
+    assert parse(TrainConfig, "", ["--preset", "nemo-aligner", "--lr", "1e-5"]).lr == 1e-5
     assert parse(TrainConfig, "", []).kl == "k1"
 
 
@@ -201,7 +202,7 @@ def test_a_hub_id_says_what_it_is_trying_before_it_waits(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no wait here; with a network it would ask
     with pytest.raises(ConfigError, match="nobody/nothing"):
         load_tokenizer("nobody/nothing")
-    assert "asking the Hugging Face hub" in capsys.readouterr().out
+    assert "asking the Hugging Face hub" in capsys.readouterr().err
 
 
 def test_a_context_too_short_for_the_response_is_refused(small, server_port):

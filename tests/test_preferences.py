@@ -45,6 +45,7 @@ def test_a_second_turn_of_the_same_speaker_belongs_to_the_first():
 
 @pytest.mark.parametrize(("record", "reason"), [
     ({"chosen": dialogue("a", "b"), "rejected": dialogue("c", "d")}, "different prompts"),
+    ({"chosen": dialogue("a", "b") + "\n\nAssistant: c", "rejected": dialogue("a", "b") + "\n\nAssistant: d"}, "in two turns"),
     (pair(" ", "b", "a"), "empty reply"), (pair("b", "", "a"), "empty reply"), (pair("b", "b ", "a"), "same reply"),
 ])  # fmt: skip
 def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, record, reason):
@@ -91,6 +92,25 @@ def test_openings_are_on_one_side_only_and_always_the_same():
     assert {" ".join(p.prompt[0]["content"].lower().split()) for p in split_by_opening(spaced, 0.3)[1]} == {
         s.lower() for s in sides[1]
     }
+
+
+def test_a_shared_system_message_is_no_opening():
+    system = [{"role": "system", "content": "Be kind."}]
+    answers = {k: [{"role": "assistant", "content": k}] for k in ("chosen", "rejected")}
+    pairs = [parse_pair({"prompt": [*system, {"role": "user", "content": f"Question {i}?"}], **answers}) for i in range(100)]
+    train, held_out = split_by_opening(pairs, 0.3)
+    assert train and held_out
+    with pytest.raises(BadLineError, match="something that the assistant replies to"):
+        parse_pair({"prompt": system, **answers})
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = save(tmp_path / "p.jsonl.gz", [pair("yes", "no", f"Question {i}?") for i in range(200)])
+    content = bytearray((tmp_path / "p.jsonl.gz").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "p.jsonl.gz").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"p\.jsonl\.gz"):
+        read_pairs(path, "--pairs")
 
 
 def test_a_tokenizer_without_a_chat_template_gets_hh_rlhfs_text():

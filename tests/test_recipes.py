@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -150,10 +151,17 @@ def test_reward_model_training_reports_held_out_accuracy_and_stores_its_scale(sm
     )
 
 
-def test_a_margin_asks_for_a_larger_gap():
-    chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])
-    want = -torch.sigmoid(chosen - rejected - 0.5).log().mean()
-    torch.testing.assert_close(train_rm.bradley_terry_loss(chosen - 0.5, rejected), want)
+def test_a_margin_asks_for_a_larger_gap(small, monkeypatch):
+    """One pair: the gradient is that of -log sigmoid(gap - margin), so its length grows with the margin as 1 - sigmoid does."""
+    pair, norms, gap, plan = [([5, 6, 2], [5, 7, 2])], {}, 0.0, Plan(lr=1e-3, batch_size=1, quiet=True)
+    for margin in (0.0, 2.0):
+        model = load_reward_model(str(small / "reward_model"), torch.device("cpu"))[0].requires_grad_()
+        gap = (train_rm.scores(model, pair[0], 0)[0] - train_rm.scores(model, pair[0], 0)[1]).item()
+        norms[margin] = (
+            gradients(model, monkeypatch, lambda m, x=margin: train_rm.train_reward_model(m, pair, 0, plan, x)).norm().item()
+        )
+    slope = lambda margin: 1 / (1 + math.exp(gap - margin))  # noqa: E731
+    assert norms[2.0] / norms[0.0] == pytest.approx(slope(2.0) / slope(0.0), rel=1e-3)
 
 
 @pytest.mark.parametrize(("module", "words", "reason"), [
@@ -164,7 +172,9 @@ def test_a_margin_asks_for_a_larger_gap():
     (train_rm, ["--model", "m", "--pairs", "p", "--out", "o", "--held-out", "1"], "--held-out is 1.0"),
     (evaluate, ["--run", "nowhere"], "--run nowhere: no run of train.py there"),
     (compare, ["--policy", "p"], "come as a set"), (compare, ["--seeds", "1"], "--seeds must be 2 or more"),
-    (compare, ["--", "--num-rollouts-per-prompt", "1"], "--baseline rloo compares"), (chat, [], "--policy is missing"),
+    (compare, ["--", "--num-rollouts-per-prompt", "1"], "--baseline rloo compares"),
+    (compare, ["--", "--seed", "3"], "--seed after --"), (compare, ["--", "--loss-norm", "token"], "add --noise-prompts 0"),
+    (sft, ["--model", "m", "--data", "d", "--out", "o", "--max-examples", "0"], "--max-examples is 0"), (chat, [], "--policy is missing"),
 ])  # fmt: skip
 def test_a_recipe_refuses_bad_flags_in_one_sentence(module, words, reason):
     code, out = recipe(module, *words)
@@ -253,9 +263,7 @@ def test_compare_reads_every_run_at_the_same_number_of_tokens(small, server, tmp
         "--target",
         "-9",
     ]
-    code, out = recipe(
-        compare, *data_flags(small, server), *words, "--log-dir", tmp_path / "c", "--", *SIZES, "--save-interval", "1"
-    )
+    code, out = recipe(compare, *data_flags(small, server), *words, "--log-dir", tmp_path / "c", "--", *SIZES)
     assert code == 0, out
     facts = json.loads((tmp_path / "c/compare.json").read_text())
     totals = {}
