@@ -59,7 +59,7 @@ case "$mode" in
       --num-rollout-samples 8 --num-rollouts-per-prompt 4 --max-new-tokens 32 --max-steps 24 --max-epochs 2
       --lr 2e-5 --initial-policy-kl-penalty 0.02 --val-check-interval 12 --micro-batch-size 16) ;;
   hh)
-    pairs="${1:-}" size=hour base='' penalty=(--truncated penalize --missing-eos-penalty 0.5)
+    pairs="${1:-}" size=hour base='' unfinished=(--truncated drop)  # the reward model knows whole replies alone
     case "$pairs" in
       -*|'') echo "launch.sh: hh needs a file of preference pairs: ./launch.sh hh PAIRS.jsonl.gz" >&2; exit 2 ;;
     esac
@@ -76,11 +76,11 @@ case "$mode" in
       *) echo "launch.sh: --size is '$size'; there are quick, hour and full" >&2; exit 2 ;;
     esac
     for word in "$@"; do
-      case "$word" in -h|--help) exec "$python" "$here/train.py" --help ;; --truncated*) penalty=() ;; esac
+      case "$word" in -h|--help) exec "$python" "$here/train.py" --help ;; --truncated*) unfinished=() ;; esac
     done
     train_flags+=(--num-rollout-samples "$p" --num-rollouts-per-prompt 4 --max-new-tokens 48 --max-prompt-length "$prompt"
       --max-steps "$steps" --max-epochs 10 --val-check-interval "$interval" --lr 1e-5 --initial-policy-kl-penalty 0.05
-      --micro-batch-size 16 --micro-batch-tokens 2048 ${penalty[@]+"${penalty[@]}"})
+      --micro-batch-size 16 --micro-batch-tokens 2048 ${unfinished[@]+"${unfinished[@]}"})
     # hh.py checks these flags, too: now, and not after an hour
     data="$("$python" "$here/recipes/hh.py" "$pairs" "${train_flags[@]}" "$@")" || exit $?
     if [ -z "$base" ]; then base="$("$python" "$here/recipes/smollm2.py" --model-only)/policy" || exit $?; fi
@@ -180,7 +180,7 @@ if [ "$code" -ne 0 ]; then
 fi
 if [ "$mode" = hh ]; then
   echo "== evaluate"
-  "$python" "$here/recipes/evaluate.py" --run "$run" --test-data "$data/test.jsonl" --max-prompts "$tests" \
+  "$python" "$here/recipes/evaluate.py" --run "$run" --test-data "$data/test.jsonl" --max-prompts "$tests" --max-new-tokens 96 \
     --rm-host "$host" --rm-port "$port" || exit $?
 fi
 if [ "$mode" = toy ]; then
