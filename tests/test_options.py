@@ -239,6 +239,7 @@ ENDS = {  # nats; the README prints them
     ("norm", "length"): 0.0,  # at the optimum every response has the same R, so every advantage is 0, however it is weighted
     ("norm", "token"): 0.0,
     ("truncated", "drop"): 0.870,
+    ("baseline", "group_mean"): 0.0,
     ("baseline", "grpo"): 0.0,
 }
 
