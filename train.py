@@ -14,6 +14,7 @@ division by the group's deviation, the division by a response's length, and KL a
 """
 
 import dataclasses
+import faulthandler
 import math
 import sys
 import time
@@ -29,21 +30,23 @@ from torch import Tensor
 
 from reinforce import baselines, checkpoint, distributed, lifecycle, optim
 from reinforce import device as devices
-from reinforce.actor import Actor, open_run_folder, set_up
-from reinforce.config import TrainConfig, parse
-from reinforce.data import Prompt, step_prompts, steps_per_epoch
+from reinforce.actor import Actor, Inputs, check, load, open_run_folder
+from reinforce.config import TrainConfig, parse, seconds
+from reinforce.data import step_prompts, steps_per_epoch
 from reinforce.errors import FailedError, RetryError
-from reinforce.experience import judge, rollout, score, validate
+from reinforce.experience import in_step, judge, rollout, score, validate
 from reinforce.group import make_groups
 from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
 from reinforce.metrics import Recorder, mean_reward, summarise, tell
 from reinforce.sampler import Rollout, micro_batches
 
 
-def make_baseline(config: TrainConfig) -> Callable[..., Tensor]:
-    """The advantage function of --baseline: (P, K) -> (P, K), for remax with greedy (P,) as second argument."""
+def make_baseline(config: TrainConfig, ema: float | None = None) -> Callable[..., Tensor]:
+    """The advantage function of --baseline: (P, K) -> (P, K), for remax with greedy (P,) as second argument; `ema` is its past."""
     if config.baseline == "ema":
-        return baselines.Ema(config.ema_decay)
+        baseline = baselines.Ema(config.ema_decay)
+        baseline.value = ema or 0.0
+        return baseline
     return cast(Callable[..., Tensor], getattr(baselines, config.baseline.replace("-", "_")))
 
 
@@ -80,13 +83,14 @@ def backward(actor: Actor, batch: Batch, rows: list[int], divisor: int) -> tuple
     config, device = actor.config, actor.device
     loss_sum, clipped, scored = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros_like(batch.rollout.logp)
     lengths = batch.rollout.total_length[rows].tolist()
-    parts = [[rows[j] for j in part] for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)]
-    rounds = distributed.largest(len(parts))
-    for i in range(rounds):
-        here = parts[i] if i < len(parts) else []
+    parts = in_step(
+        [[rows[j] for j in part] for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)]
+    )
+    actor.model.train(config.gradient_checkpointing)  # only there a Hugging Face model checkpoints; dropout is 0 either way
+    for i, here in enumerate(parts):
         part = batch.take(here)
         r, weight = part.rollout, token_weights(part.rollout.mask, config.loss_norm) * part.valid[:, None]  # (b, T)
-        with distributed.accumulating(actor.scorer, last=i + 1 == rounds):
+        with distributed.accumulating(actor.scorer, last=i + 1 == len(parts)):
             with devices.autocast(device, actor.bf16):
                 logp = actor.scorer(r.prompt, r.prompt_mask, r.response, r.mask)  # (b, T)
             if part.logp_old is None:
@@ -94,42 +98,60 @@ def backward(actor: Actor, batch: Batch, rows: list[int], divisor: int) -> tuple
             else:
                 loss = clipped_loss(logp, part.logp_old, part.advantage, weight, divisor, config.ratio_clip)
                 clipped += clipped_tokens(logp, part.logp_old, part.advantage, weight, config.ratio_clip)
-            (loss * distributed.world_size()).backward()  # DDP averages over ranks, and N already counts them all
+            (loss * distributed.world_size()).backward()  # DDP and FSDP average over ranks, and N already counts them all
         loss_sum += loss.detach()
         scored[here, : logp.shape[1]] = logp.detach()[: len(here)]
+    actor.model.eval()
     return loss_sum, clipped, scored
 
 
-def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path, stop: lifecycle.Stop) -> None:
+def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None:
     """The loop."""
-    config = actor.config
+    config, prompts, held_out, first = actor.config, inputs.prompts, inputs.held_out, inputs.start.step
     p, k = config.num_rollout_samples, config.num_rollouts_per_prompt
     per_update = (config.global_batch_size or p * k) // k  # prompts of one optimizer step
     per_epoch = steps_per_epoch(len(prompts), p)
     total = min(config.max_steps or sys.maxsize, (config.max_epochs or sys.maxsize) * per_epoch)
     min_lr = config.lr if config.min_lr is None else config.min_lr
     optimizer = optim.adamw(actor.model, config.lr, cast(tuple[float, float], config.adam_betas), config.weight_decay)
-    baseline = make_baseline(config)
-    recorder = Recorder(run, total) if distributed.rank() == 0 else None
-    before = after = validate(actor, held_out)
-    if recorder and before:
-        recorder.validated(0, before)
+    baseline = make_baseline(config, inputs.start.ema)
+    if inputs.start.folder is not None:
+        checkpoint.restore(inputs.start.folder, actor.model, optimizer)
+    recorder = Recorder(run, total, first) if distributed.rank() == 0 else None
+    saved = first  # steps that the last checkpoint has
 
+    def save(done: int, val_reward: float | None = None) -> None:
+        nonlocal saved
+        if done > saved:
+            if recorder:
+                recorder.sync()
+            state = {"val_reward": val_reward, "ema": getattr(baseline, "value", None)}
+            checkpoint.save(run, done, actor.model, optimizer, actor.tokenizer, state, config.save_top_k)
+            saved = done
+
+    if first == 0:
+        before = validate(actor, held_out)
+        if recorder and before:
+            recorder.validated(0, before)
+    elif recorder:
+        recorder.say(f"going on after step {first} of {total}: {inputs.start.folder}")
     stop.in_loop = True
-    for step in range(total):
+    for step in range(first, total):
         # 1. sample: K responses to each of this rank's prompts, and for ReMax the greedy one
         start = time.perf_counter()
         mine = distributed.deal([prompts[i] for i in step_prompts(len(prompts), p, config.seed, step)])
-        out = rollout(actor, mine, k, step, actor.training, config.rollout_micro_batch_size)
         greedy = None
-        if config.baseline == "remax":
-            likeliest = dataclasses.replace(actor.training, greedy=True)
-            greedy = rollout(actor, mine, 1, step, likeliest, config.rollout_micro_batch_size)
+        with distributed.gathered(actor.policy):
+            out = rollout(actor, mine, k, step, actor.training, config.rollout_micro_batch_size)
+            if config.baseline == "remax":
+                likeliest = dataclasses.replace(actor.training, greedy=True)
+                greedy = rollout(actor, mine, 1, step, likeliest, config.rollout_micro_batch_size)
         sampled = time.perf_counter()
 
         # 2. and 3. score over HTTP, KL to the initial policy: R = r - beta * KL
-        judged = judge(actor, mine, out)
-        rival = None if greedy is None else judge(actor, mine, greedy)
+        with lifecycle.before_retry(save, step):  # a server that is gone costs no step
+            judged = judge(actor, mine, out)
+            rival = None if greedy is None else judge(actor, mine, greedy)
         scored = time.perf_counter()
 
         # 4. advantages, over whole groups, from all ranks' rows in prompt order
@@ -147,20 +169,28 @@ def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path
         # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and the clipped ratio
         lr = optim.learning_rate(step, total, config.lr, min_lr, config.warmup_steps, config.constant_steps)
         optim.set_learning_rate(optimizer, lr)
-        updates = optimizer_steps(len(groups), per_update)
+        updates, place = optimizer_steps(len(groups), per_update), distributed.deal(range(len(groups)))
         logp_old = score(actor, actor.scorer, out) if len(updates) > 1 else None  # (B, T)
         batch, scorer_logp = Batch(out, own, valid, logp_old), logp_old
-        losses, clipped, grad_norms = 0.0, 0.0, []
+        losses, clipped, grad_norms = [], 0.0, []
         for update in updates:
             divisor = normaliser(length[update], counts[update], config.loss_norm)  # N
             if divisor == 0:  # every response was dropped
                 continue
-            rows = [b for b in range(len(own)) if distributed.position(b // k) in update]
+            rows = [b for b in range(len(own)) if place[b // k] in update]
             loss, cut, logp = backward(actor, batch, rows, divisor)
-            losses, clipped, scorer_logp = losses + loss.item(), clipped + cut.item(), logp if logp_old is None else logp_old
+            clipped, scorer_logp = clipped + cut.item(), logp if logp_old is None else logp_old
+            losses.append(math.fsum(distributed.gather([loss.item()])))
             grad_norms.append(optim.clip(actor.model, config.max_grad_norm))
-            if not math.isfinite(grad_norms[-1]):
-                raise FailedError(f"the gradient of step {step + 1} is {grad_norms[-1]}; its update was not made")
+            if not math.isfinite(losses[-1] + grad_norms[-1]):  # the same numbers on every rank
+                bad = ~(logp.sum(1) + own).isfinite() & torch.tensor(
+                    [b in rows for b in range(len(own))], device=own.device
+                )  # (B,)
+                told = distributed.gather(bad.view(-1, k).tolist())
+                if recorder:
+                    recorder.accuse(step + 1, groups, update, told)
+                raise FailedError(f"loss {losses[-1]}, gradient {grad_norms[-1]} in step {step + 1}: no update was made; "
+                                  f"the responses: {run}/nonfinite.jsonl")  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
         updated = time.perf_counter()
@@ -168,11 +198,11 @@ def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path
         # 6. log, validate, save
         gap = None if scorer_logp is None else (out.logp - scorer_logp).sum(1).view(-1, k).sum(1).tolist()
         last = step + 1 == total
-        stopping = bool(distributed.largest(int(stop.signal is not None)))
+        stopped = next((reason for reason in distributed.gather([stop.reason]) if reason), None)
         tokens = sum(sum(g.length) for g in [*groups, *(rivals or [])])
         metrics = {
             "step": step + 1, **summarise(groups, advantage.flatten().tolist()),
-            "loss": math.fsum(distributed.gather([losses])) / len(grad_norms) if grad_norms else None,
+            "loss": math.fsum(losses) / len(losses) if losses else None,
             "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None, "lr": lr,
             "optimizer_steps": len(grad_norms),
             "logprob_gap": None if gap is None else math.fsum(distributed.gather(gap)) / objective.numel(),
@@ -183,26 +213,27 @@ def train(actor: Actor, prompts: list[Prompt], held_out: list[Prompt], run: Path
             "epoch": step // per_epoch,
         }  # fmt: skip
         metrics["time_reference"] = scored - sampled - metrics["time_reward"]
+        after = None
         if held_out and (last or (step + 1) % config.val_check_interval == 0):
             after = validate(actor, held_out)
             metrics["val_reward"] = mean_reward(after)[0]
         if recorder:
             recorder.log(metrics, groups, advantage.flatten().tolist())
-            if "val_reward" in metrics:
+            if after:
                 recorder.validated(step + 1, after)
-            if last or stopping or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
-                state = {"val_reward": metrics.get("val_reward"), "ema": getattr(baseline, "value", None)}
-                checkpoint.save(run, step + 1, actor.model, actor.tokenizer, state, config.save_top_k)
-        if stopping and not last:
+        if last or stopped or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
+            save(step + 1, metrics.get("val_reward"))
+        if stopped and not last:
             break
 
     if recorder:
         recorder.close()
-        if last:
-            tell(held_out, before, after, run)
-    if not last:
-        by = stop.signal or "a signal to another rank"
-        raise RetryError(f"stopped by {by} after step {step + 1} of {total}; a checkpoint is in {run}/checkpoints")
+        if first >= total:
+            recorder.say(f"this run has all its {total} steps")
+        elif last:
+            tell(held_out, run)
+    if first < total and not last:
+        raise RetryError(f"stopped by {stopped} after step {step + 1} of {total}; the same command with --log-dir {run} goes on")
 
 
 def main() -> None:
@@ -210,20 +241,23 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     given = lifecycle.log_dir_of(sys.argv)
-    folders = [given] if given is not None and not lifecycle.holds_run(given) else []
-    if folders and distributed.rank() == 0:
-        (folders[0] / "exit.json").unlink(missing_ok=True)
+    if given is not None and distributed.rank() == 0 and not lifecycle.holds_run(given):
+        (given / "exit.json").unlink(missing_ok=True)
+    folders = [given]
 
     def body() -> None:
         stop = lifecycle.Stop()
         with ExitStack() as stack:
             config = parse(TrainConfig, __doc__)
-            actor, prompts, held_out = set_up(config, stack)
-            folders[:] = [open_run_folder(config)]
-            train(actor, prompts, held_out, folders[0], stop)
+            stop.limit = None if config.max_time_per_run is None else seconds(config.max_time_per_run)
+            inputs = check(config, stack)
+            inputs.client.stopped = lambda: stop.reason is not None
+            folders[:] = [open_run_folder(inputs)]
+            train(load(inputs), inputs, cast(Path, folders[0]), stop)
 
-    sys.exit(lifecycle.run(body, lambda: folders[0] if folders else None))
+    sys.exit(lifecycle.run(body, lambda: folders[0]))
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a process that a library aborts says where it was
     main()

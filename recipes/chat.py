@@ -66,7 +66,8 @@ def main() -> None:
         if len(prompt.ids) > room:
             raise ConfigError(f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} exceed the context")
         with devices.autocast(device, bf16):
-            out = sample(model, [prompt.ids], [row_seed(config.seed, turn, 0, 0)], dataclasses.replace(how, greedy=config.greedy))
+            seed = row_seed(config.seed, turn, 0, 0)
+            out = sample(model, [prompt.ids], [seed], dataclasses.replace(how, greedy=config.greedy), device)
         reply = decoded(tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": reply})
         print(f"policy: {reply}", flush=True)

@@ -33,6 +33,7 @@ from reinforce.data import Prompt
 from reinforce.errors import ConfigError
 from reinforce.experience import ask, rollout, score
 from reinforce.group import Group, Judged, make_groups
+from reinforce.logprobs import Scorer
 from reinforce.metrics import distinct, mean_and_error, mean_reward
 from reinforce.policy import load_policy
 
@@ -94,7 +95,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) is not None}
     base = dataclasses.replace(
         base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
-        initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, **changes,
+        initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp", resume="auto", **changes,
     )  # fmt: skip
     return base, run, config.policy or str(checkpoints[-1])
 
@@ -183,7 +184,7 @@ def main() -> None:
         prompts = prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
-        after = answer(dataclasses.replace(initial, model=model), prompts, config.greedy, initial)
+        after = answer(dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True)), prompts, config.greedy, initial)
     result = compare(before, after)
     print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")
     for name, left, right in [("", "initial", "trained"), *table(result)]:

@@ -1,6 +1,6 @@
-"""What the loop works with: everything that can be wrong is checked here, cheapest first, then loaded.
+"""What the loop works with: everything that can be wrong is checked first, cheapest first, then loaded.
 
-Order: flags, prompt files, the reward server, the tokenizer, and only then a model.
+Order: flags, run folder, prompt files, the reward server, the tokenizer, and only then a model.
 """
 
 import dataclasses
@@ -9,14 +9,14 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 
+from reinforce import checkpoint, distributed, lifecycle, resume
 from reinforce import device as devices
-from reinforce import distributed, lifecycle
 from reinforce.config import TrainConfig
 from reinforce.data import Prompt, check_record, tokenize
 from reinforce.errors import ConfigError
@@ -29,13 +29,30 @@ from reinforce.sampler import Sampling
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """A command line that has been checked, and what it names."""
+
+    config: TrainConfig
+    device: torch.device
+    start: resume.Start
+    policy: str  # folder or hub id of the initial policy
+    policy_flag: str  # how errors name it
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    client: RewardClient
+
+
+@dataclass(frozen=True)
 class Actor:
     """What set-up makes and the loop uses."""
 
     config: TrainConfig
     tokenizer: Any
     model: nn.Module  # the policy
-    scorer: nn.Module  # the same parameters, as the module whose forward gives logp; wrapped by DDP
+    policy: Scorer  # the same parameters: `decode` for sampling
+    scorer: nn.Module  # the same again, as the module whose forward gives logp: the one that DDP or FSDP wraps
     reference: nn.Module | None  # scorer of the frozen initial policy; None if beta = 0
     client: RewardClient
     training: Sampling
@@ -67,32 +84,30 @@ def load_prompts(
     return prompts
 
 
-def set_up(
-    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
-) -> tuple[Actor, list[Prompt], list[Prompt]]:
-    """Check, start the toy's server if there is no other (it ends with `stack`), load. Returns actor, prompts, held-out prompts.
+def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data") -> Inputs:
+    """Everything but the models; starts the toy's server if there is no other (it ends with `stack`).
 
     The two flags are how errors name policy and prompts.
     """
     device = devices.pick(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if config.policy is None and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
-    lifecycle.refuse_used_folder(config.log_dir)
     if config.num_rollout_samples < distributed.world_size():
         raise ConfigError(
             f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the {distributed.world_size()} ranks: "
             "give one for each at least"
         )
+    if config.deterministic:
+        devices.only_deterministic()
+    distributed.start(device, alone=config.parallel == "fsdp")
+    run = None if config.log_dir is None else Path(config.log_dir)
+    start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
     policy, train_data, val_data = config.policy, config.train_data, config.val_data
     if policy is None or train_data is None:
         from recipes.toy import prepare
 
-        toy = str(prepare()) if distributed.rank() == 0 else ""
-        distributed.start(device)
-        toy = distributed.agree(toy)
+        toy = distributed.together(lambda: str(prepare()), only_first=True)
         policy, train_data, val_data = f"{toy}/policy", f"{toy}/train.jsonl", val_data or f"{toy}/validation.jsonl"
-    else:
-        distributed.start(device)
     records = {}
     for name, source in ((data_flag, train_data), ("--val-data", val_data)):
         if source is not None:
@@ -101,8 +116,7 @@ def set_up(
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
     host, port = config.rm_host, config.rm_port
     if host is None or port is None:
-        address = stack.enter_context(lifecycle.toy_server()) if distributed.rank() == 0 else ("", 0)
-        host, port = distributed.agree(address)
+        host, port = distributed.together(lambda: stack.enter_context(lifecycle.toy_server()), only_first=True)
         if distributed.rank() == 0:
             print(f"reward server: http://{host}:{port}")
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
@@ -111,39 +125,75 @@ def set_up(
     tokenizer = load_tokenizer(policy, policy_flag)
     ends = end_tokens(policy, tokenizer, policy_flag)
     prompts = load_prompts(config, tokenizer, records, policy, data_flag)
-    model = load_policy(policy, tokenizer, device, flag=policy_flag)
-    bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
+    held_out = prompts.get("--val-data", [])
+    return Inputs(config, device, start, policy, policy_flag, tokenizer, ends, prompts[data_flag], held_out, client)
+
+
+def load(inputs: Inputs) -> Actor:
+    """The models, on their devices: the policy from the checkpoint that the run goes on with, if there is one."""
+    config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
+    sharded = config.parallel == "fsdp"
+    place = torch.device("cpu") if sharded else device  # a whole model may not fit the device that takes a shard of it
+    source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
+    model = load_policy(source, tokenizer, place, flag=inputs.policy_flag)
+    size = sum(w.numel() for w in model.parameters())
+    bf16 = devices.use_bf16(config.precision, device, size)
     plain = head_is_plain(model)
     if not plain and distributed.rank() == 0:
-        print(f"--policy {policy}: this model does more than apply its head to hidden states; scoring with whole logits")
-    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(device)
+        print(f"--policy {source}: this model does more than apply its head to hidden states; scoring with whole logits")
+    if config.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
     reference = None
     if config.initial_policy_kl_penalty > 0:
-        frozen = load_policy(policy, tokenizer, device, frozen_dtype=torch.bfloat16 if bf16 else torch.float32)
-        reference = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(device)
+        half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
+        frozen = load_policy(inputs.policy, tokenizer, place, frozen_dtype=torch.bfloat16 if half else torch.float32)
+        scored_by = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(place)
+        reference = distributed.wrap(scored_by, device, config.parallel, bf16)
     training = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, config.min_new_tokens,
                         config.end_strings, tokenizer.decode)  # fmt: skip
     validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,
                                      top_k=config.val_top_k, top_p=config.val_top_p)  # fmt: skip
-    wrapped = distributed.replicate(scorer, device)
-    actor = Actor(config, tokenizer, model, wrapped, reference, client, training, validation, device, bf16)
+    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)
+    actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16)
     if distributed.rank() == 0:
-        name = os.path.relpath(policy) if Path(policy).is_dir() else policy
-        print(
-            f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {distributed.world_size()} ranks"
-        )
-        size, count = sum(w.numel() for w in model.parameters()), len(prompts[data_flag])
-        print(f"{name}, {size / 1e6:.1f}M parameters · {count} prompts · baseline {config.baseline}")
-    return actor, prompts[data_flag], prompts.get("--val-data", [])
+        name = os.path.relpath(source) if Path(source).is_dir() else source
+        ranks = f"{distributed.world_size()} ranks{' (fsdp)' if sharded else ''}"
+        print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {ranks}")
+        print(f"{name}, {size / 1e6:.1f}M parameters · {len(inputs.prompts)} prompts · baseline {config.baseline}")
+    return actor
 
 
-def open_run_folder(config: TrainConfig) -> Path:
-    """The run folder, the same on every rank, with config.json in it."""
-    folder = None
-    if distributed.rank() == 0:
+def set_up(
+    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
+) -> tuple[Actor, list[Prompt], list[Prompt]]:
+    """`check` and `load` for a script that keeps no run folder: actor, prompts, held-out prompts."""
+    inputs = check(config, stack, policy_flag, data_flag)
+    return load(inputs), inputs.prompts, inputs.held_out
+
+
+def open_run_folder(inputs: Inputs) -> Path:
+    """The run folder, the same on every rank, with config.json in it. Raises ConfigError if it holds another run.
+
+    Of a run that goes on, the logs are cut back to the step of its checkpoint, and what a killed process left is removed.
+    """
+    config = inputs.config
+
+    def opened() -> Path:
+        own = resume.identity(
+            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint,
+            prompts=resume.digest([[p.text, p.label] for p in inputs.prompts]),
+            held_out=resume.digest([[p.text, p.label] for p in inputs.held_out]),
+        )  # fmt: skip
         folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
+        resume.admit(folder, own)
+        (folder / "exit.json").unlink(missing_ok=True)
+        checkpoint.sweep(folder)
+        resume.cut_back(folder, inputs.start.step)
         facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}
         (folder / "config.json").write_text(json.dumps(facts, indent=2))
-    folder = distributed.agree(folder)
-    assert folder is not None
-    return folder
+        return folder
+
+    return distributed.together(opened, only_first=True)

@@ -1,34 +1,172 @@
-"""A checkpoint is an ordinary Hugging Face folder, `checkpoints/step-000010`, plus state.json.
+"""A checkpoint is an ordinary Hugging Face folder, `checkpoints/step-000010`, and what a run needs to go on from it, bitwise.
 
-It is written beside its place, flushed to the disk and renamed, so a folder of that name is always whole. Weights are the
-float32 ones, in safetensors.
+    model*.safetensors, config.json, tokenizer   the float32 weights, whole whatever the ranks and the wrapping, tied ones once
+    optimizer.safetensors                        AdamW's two averages and step of each parameter, by the parameter's name
+    state.json                                   step, validation reward, the moving average of --baseline ema
+    manifest.json                                size and sha256 of all of these
+
+Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep, and nothing is a
+pickle. It is written beside its place, flushed to the disk and renamed: a folder of that name is whole, and what the disk does
+to it later shows in the manifest. Left out: shards written by every rank (one copy of the model must fit rank 0's memory).
 """
 
+import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reinforce import distributed
+from reinforce.errors import ConfigError, FailedError
+
+MANIFEST = "manifest.json"
 
 
-def save(run: Path, step: int, model: nn.Module, tokenizer: Any, state: dict[str, Any], keep_best: int) -> Path:
-    """Write the checkpoint of `step` finished steps; keep the last one and the `keep_best` best by state["val_reward"]."""
-    parent = run / "checkpoints"
-    folder, partial = parent / f"step-{step:06d}", parent / f".step-{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    cast(Any, model).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
-    for path in [*partial.iterdir(), partial]:
+def save(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, tokenizer: Any, state: dict[str, Any],
+    keep_best: int,
+) -> Path:  # fmt: skip
+    """Write the checkpoint of `step` finished steps; keep the last one and the `keep_best` best by state["val_reward"].
+
+    Every rank calls it, rank 0 writes. Raises FailedError on all of them if the disk is full; older checkpoints are then untouched.
+    """
+    weights = dict(_whole(model.state_dict(keep_vars=True).items()))
+    moments = dict(_whole(_moments(model, optimizer)))
+
+    def write() -> Path:
+        parent = run / "checkpoints"
+        folder, partial = parent / f"step-{step:06d}", parent / f".step-{step:06d}.partial"
+        try:
+            sweep(run)
+            partial.mkdir(parents=True)
+            cast(Any, model).save_pretrained(partial, state_dict=weights)
+            if moments:
+                save_file(moments, partial / "optimizer.safetensors")
+            tokenizer.save_pretrained(partial)
+            (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
+            seal(partial)
+            if folder.exists():  # a damaged one
+                _remove(folder)
+            partial.rename(folder)
+            _flush(parent)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            needed = sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()])
+            free = shutil.disk_usage(run).free
+            raise FailedError(
+                f"the checkpoint of step {step} could not be written to {parent}: {error} ({needed / 2**20:.0f} MiB needed, "
+                f"{free / 2**20:.0f} MiB free); earlier ones are untouched"
+            ) from error
+        _prune(parent, keep_best)
+        return folder
+
+    return distributed.together(write, only_first=True)
+
+
+def _whole(tensors: Any) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors in full, on rank 0's CPU; one that comes under two names (tied weights), the same both times."""
+    kept: dict[int, Tensor] = {}
+    for name, tensor in tensors:
+        if id(tensor) not in kept:
+            value = distributed.whole(tensor.detach())
+            if distributed.rank() == 0:
+                kept[id(tensor)] = value.cpu().contiguous()
+        if distributed.rank() == 0:
+            yield name, kept[id(tensor)]
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
+            yield f"{name}.{key}", value
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its state at that checkpoint; the model is loaded from the same folder beforehand."""
+    if not (folder / "optimizer.safetensors").exists():  # no optimizer step was ever made
+        return
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        names = set(file.keys())
+        for name, parameter in model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in names]
+            values = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+            if values:
+                placed = {key: value.to(parameter.device) if key == "step" else distributed.shard(value, parameter)
+                          for key, value in values.items()}  # fmt: skip
+                optimizer.state[parameter] = placed
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint."""
+    return cast(dict[str, Any], json.loads((folder / "state.json").read_text()))
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of the files in a folder and flush all of it to the disk."""
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
+    for path in [*folder.iterdir(), folder]:
         _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _flush(parent)
-    _prune(parent, keep_best)
-    return folder
+
+
+def flaw(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, want in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != want["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {want['size']}"
+            if sha256(path) != want["sha256"]:
+                return f"{name} is not what was written (sha256)"
+        if state(folder)["step"] != int(folder.name.removeprefix("step-")):
+            return "state.json is of another step"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} or state.json cannot be used ({type(error).__name__}: {error})"
+    return None
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, good or not."""
+    return sorted(run.glob("checkpoints/step-*"), key=lambda f: f.name)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; None if there was never one. Raises ConfigError if none of them does."""
+    found = steps(run)
+    for folder in reversed(found):
+        reason = flaw(folder)
+        if reason is None:
+            return folder
+        print(f"!! {folder} is damaged: {reason}. Looking for an older one", file=sys.stderr, flush=True)
+    if found:
+        raise ConfigError(f"--log-dir {run}: none of its {len(found)} checkpoints is whole; move checkpoints/ away to start again")
+    return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -40,11 +178,22 @@ def _flush(path: Path) -> None:
 
 
 def _prune(parent: Path, keep_best: int) -> None:
-    folders = sorted(parent.glob("step-*"))
+    """Remove all but the last checkpoint and the best."""
 
     def reward(folder: Path) -> float:
-        value = json.loads((folder / "state.json").read_text()).get("val_reward")
+        try:
+            value = state(folder).get("val_reward")
+        except (OSError, ValueError):
+            value = None
         return float("-inf") if value is None else value
 
-    for folder in sorted(folders[:-1], key=reward, reverse=True)[keep_best:]:
-        shutil.rmtree(folder)
+    older = steps(parent.parent)[:-1]
+    for folder in sorted(older, key=reward, reverse=True)[keep_best:]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first, so that what a kill leaves half-removed is not taken for a damaged checkpoint."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    folder.rename(gone)
+    shutil.rmtree(gone)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -96,11 +97,18 @@ class TrainConfig:
     save_interval: int | None = flag(None, "run", "steps between checkpoints (default: --val-check-interval)")
     save_top_k: int = flag(1, "run", "checkpoints kept beside the last one: those of the best validation reward")
     log_dir: str | None = flag(None, "run", "run folder (default: a new runs/NAME-TIME, and runs/latest points to it)")
+    resume: str = flag("auto", "run", "auto: go on with the run in --log-dir, if it is this one; must: or end; never: only anew",
+                       choices=("auto", "must", "never"))  # fmt: skip
+    max_time_per_run: str | None = flag(None, "run", "DD:HH:MM:SS after which to finish the step, save and end with code 75")
     seed: int = flag(0, "run", "of the prompt order and of every draw")
 
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = flag("auto", "hardware", "bf16: bfloat16 matrix products over float32 weights; auto: where it is fast",
                           choices=("auto", "fp32", "bf16"))  # fmt: skip
+    parallel: str = flag("ddp", "hardware", "of several processes: ddp, each has all parameters; fsdp, each has a part",
+                         choices=("ddp", "fsdp"))  # fmt: skip
+    gradient_checkpointing: bool = flag(False, "hardware", "keep no activations inside a block, compute them again: less memory")
+    deterministic: bool = flag(False, "hardware", "on a GPU: only algorithms that repeat bitwise (a CPU's always do)")
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
@@ -141,6 +149,10 @@ class TrainConfig:
             raise ConfigError(f"--adam-betas are {self.adam_betas}; each must be in [0, 1)")
         if (self.rm_host is None) != (self.rm_port is None):
             raise ConfigError("--rm-host and --rm-port come together")
+        if self.max_time_per_run is not None:
+            seconds(self.max_time_per_run)
+        if self.resume == "must" and self.log_dir is None:
+            raise ConfigError("--resume must: give the run to go on with as --log-dir")
         if "" in self.end_strings:
             raise ConfigError("--end-strings: an empty string would end every response at once")
         own = {"--policy": self.policy, "--train-data": self.train_data, "--rm-host/--rm-port": self.rm_host}
@@ -199,6 +211,18 @@ def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = ()
         value = getattr(config, name)
         if value is not None and not value >= 0:
             raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
+
+
+def seconds(time: str) -> int:
+    """DD:HH:MM:SS in seconds. Raises ConfigError.
+
+    >>> seconds("00:03:45:00")
+    13500
+    """
+    if not re.fullmatch(r"\d{1,3}(:\d{2}){3}", time):
+        raise ConfigError(f"--max-time-per-run is {time!r}; it must be DD:HH:MM:SS, 00:03:45:00 say")
+    days, hours, minutes, rest = map(int, time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def spelled(name: str) -> str:

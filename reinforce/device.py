@@ -3,6 +3,8 @@
 bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and softmax in float32.
 """
 
+import os
+
 import torch
 
 from reinforce.errors import ConfigError
@@ -40,3 +42,12 @@ def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     """The context of every forward pass; without bf16 it does nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def only_deterministic() -> None:
+    """Let this process use algorithms alone that give the same bits each time; an operation that has none raises.
+
+    See PyTorch's notes on reproducibility. cuBLAS reads its variable when its first product is computed, so call this before.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)

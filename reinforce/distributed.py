@@ -1,22 +1,32 @@
-"""Every torch.distributed call there is, behind ten verbs. Without torchrun all of them are no-ops on one process.
+"""Every torch.distributed call there is, behind ten verbs. Without torchrun all but FSDP's are no-ops on one process.
 
 Whole prompts are dealt to ranks round-robin, so a group's K responses are always on one rank, and what a rank makes of its
 prompts is gathered and put back into prompt order: advantages and metrics are computed from all rows, the same on every rank.
+Parameters are copied to every rank (DDP), or cut into shards and gathered block by block (FSDP2).
+
+See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv 2304.11277). Left out: tensor
+and pipeline parallelism, and shards that are read from the disk one by one: a rank holds the whole model while it starts.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from reinforce.errors import ConfigError, FailedError, RetryError
+
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # longer than the reward client's total deadline
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that hangs; longer than the reward client's total deadline
 
 
 def rank() -> int:
@@ -29,10 +39,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device) -> None:
-    """Join the other ranks. Gloo carries Python objects and CPU tensors, NCCL what is on a GPU."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+def start(device: torch.device, alone: bool) -> None:
+    """Join the other ranks; `alone`: also if there are none. Gloo carries objects and CPU tensors, NCCL what is on a GPU."""
+    if dist.is_initialized() or (world_size() == 1 and not alone):
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world_size() == 1:
+        dist.init_process_group(backend, store=cast(Any, dist).HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -41,14 +56,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an exception says that another rank is gone or hangs: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def deal(items: Sequence[T]) -> list[T]:
     """This rank's share of the items, round-robin."""
     return list(items[rank() :: world_size()])
-
-
-def position(i: int) -> int:
-    """Place before dealing of this rank's i-th item."""
-    return i * world_size() + rank()
 
 
 def gather(items: Sequence[T]) -> list[T]:
@@ -60,30 +75,81 @@ def gather(items: Sequence[T]) -> list[T]:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def agree(value: T) -> T:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if world_size() > 1:
+def together(work: Callable[[], T], only_first: bool = False) -> T:
+    """Call `work` on every rank, or on rank 0 alone, whose result then is everyone's.
+
+    Where it raises one of our errors on any rank, the first such rank's is raised on all of them, so that none waits for another.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0 or not only_first:
+        try:
+            result = work()
+        except (ConfigError, RetryError, FailedError) as raised:
+            error = raised
+    if world_size() > 1 and only_first:
+        box = [result, error]
         dist.broadcast_object_list(box, src=0)
-    return box[0]
+        result, error = box
+    elif world_size() > 1:
+        error = next((e for e in gather([error]) if e is not None), None)
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
-def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, with gradients averaged over ranks in the backward pass (so a loss is multiplied by world_size() first)."""
-    if world_size() == 1:
-        return module
+def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
+    """The module (a Scorer), its gradients averaged over ranks in the backward pass: a loss is multiplied by world_size() first.
+
+    fsdp shards it in place, each transformer block for itself, in `device`'s memory; with bf16 what is gathered is bfloat16, and
+    the float32 shards are what the optimizer sees. Its forward and its `decode` gather first what they need.
+    """
+    if parallel == "fsdp":
+        mesh = init_device_mesh(device.type, (world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+        for block in blocks(scorer):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(scorer, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(scorer, "decode")
+        return scorer
+    if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
+        return scorer
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def largest(value: int) -> int:
-    """The largest of all ranks' values; the same answer on every rank."""
-    parts = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(parts, value)
-    return max(parts)
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks inside, as Hugging Face names their classes."""
+    names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    return [m for m in module.modules() if type(m).__name__ in names]
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Around many forward passes without gradient: sharded parameters are gathered once, so ranks need not keep in step."""
+    shards = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for m in shards:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in shards:
+            m.set_reshard_after_forward(m is not module, recurse=False)  # the root is needed again at once, by the backward pass
+            m.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this rank may hold a shard. Every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """Undo `whole`: this rank's part of a tensor that every rank has, placed as `like`."""
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around the backward pass of a micro-batch: only the last one of a step exchanges gradients."""
+    """Around a micro-batch's forward and backward: DDP exchanges gradients in the last one of a step, FSDP its shards in each."""
     return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()

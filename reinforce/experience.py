@@ -24,10 +24,13 @@ VALIDATION = -1  # the "step" of validation's random numbers: the same at every 
 
 
 def rollout(actor: Actor, prompts: Sequence[Prompt], k: int, step: int, how: Sampling, max_rows: int) -> Rollout:
-    """k responses to each prompt, row b to prompt b // k, each row with its own random numbers."""
+    """k responses to each prompt, row b to prompt b // k, each row with its own random numbers.
+
+    Call it under `distributed.gathered(actor.policy)`: ranks stop at different lengths.
+    """
     seeds = [row_seed(actor.config.seed, step, p.index, j) for p in prompts for j in range(k)]
     with devices.autocast(actor.device, actor.bf16):
-        return sample_in_batches(actor.model, [p.ids for p in prompts], seeds, how, max_rows)
+        return sample_in_batches(actor.policy.decode, [p.ids for p in prompts], seeds, how, max_rows, actor.device)
 
 
 def ask(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> Tensor:
@@ -36,21 +39,27 @@ def ask(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> Tensor:
     return torch.tensor(actor.client.rewards(**request), dtype=torch.float64)
 
 
+def in_step(parts: list[list[int]]) -> list[list[int]]:
+    """Micro-batches of rows, with empty ones added until every rank has as many: a sharded model's forward pass needs all ranks."""
+    return parts + [[]] * (max(distributed.gather([len(parts)])) - len(parts))
+
+
 @torch.no_grad()
 def score(actor: Actor, scorer: nn.Module, out: Rollout) -> Tensor:
     """logp of every response token under `scorer`, (B, T) float32, in micro-batches; 0 outside the mask."""
     logp = torch.zeros_like(out.logp)  # (B, T)
-    for rows in micro_batches(out.total_length.tolist(), actor.config.forward_micro_batch_size, sys.maxsize):
+    for rows in in_step(micro_batches(out.total_length.tolist(), actor.config.forward_micro_batch_size, sys.maxsize)):
         part = out.take(rows)
         with devices.autocast(actor.device, actor.bf16):
-            logp[rows, : part.mask.shape[1]] = scorer(part.prompt, part.prompt_mask, part.response, part.mask)
+            scored = scorer(part.prompt, part.prompt_mask, part.response, part.mask)  # (b, t)
+        logp[rows, : part.mask.shape[1]] = scored[: len(rows)]
     return logp
 
 
 def judge(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> Judged:
-    """Reward and objective of a rollout's rows."""
+    """Reward and objective of a rollout's rows. A rank whose server fails it takes the others along."""
     config, start = actor.config, time.perf_counter()
-    reward = ask(actor, prompts, out)  # (B,)
+    reward = distributed.together(lambda: ask(actor, prompts, out))  # (B,)
     seconds = time.perf_counter() - start
     objective, penalty = reward, None  # (B,)
     if actor.reference is not None:
@@ -65,9 +74,14 @@ def judge(actor: Actor, prompts: Sequence[Prompt], out: Rollout) -> Judged:
 def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
     """One response to each validation prompt, scored; the same groups on every rank."""
     mine = distributed.deal(prompts)
-    groups: list[Group] = []
-    if mine:
+
+    def answered() -> list[Group]:
+        if not mine:
+            return []
         out = rollout(actor, mine, 1, VALIDATION, actor.validation, actor.config.val_rollout_micro_batch_size)
         reward = ask(actor, mine, out)
-        groups = make_groups(actor.tokenizer, mine, out, Judged(reward, None, reward))
+        return make_groups(actor.tokenizer, mine, out, Judged(reward, None, reward))
+
+    with distributed.gathered(actor.policy):
+        groups = distributed.together(answered)
     return distributed.gather(groups)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from reinforce import distributed
 from reinforce.errors import ConfigError, FailedError, RetryError
 
@@ -24,12 +26,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Stop:
-    """SIGTERM, SIGINT or SIGUSR1. Before the loop there is nothing to save, and they end the run; then it looks here."""
+    """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time.
+
+    Before the loop there is nothing to save, and a signal ends the run; in the loop it is noted, however many come, and the
+    loop asks when a step is done. A save is never interrupted.
+    """
 
     def __init__(self) -> None:
-        """Take over the three signals of this process."""
+        """Take over the three signals of this process, and start its clock."""
         self.signal: str | None = None
         self.in_loop = False
+        self.limit: int | None = None  # seconds since this object was made
+        self._began = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -38,16 +46,17 @@ class Stop:
         if not self.in_loop:
             raise RetryError(f"stopped by {self.signal} before the first step")
 
+    @property
+    def reason(self) -> str | None:
+        """What it is stopped by; None if it is not."""
+        if self.signal is None and self.limit is not None and time.monotonic() - self._began >= self.limit:
+            return f"its time limit of {self.limit} s"
+        return self.signal
+
 
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in this folder."""
     return (folder / "metrics.jsonl").exists()
-
-
-def refuse_used_folder(log_dir: str | None) -> None:
-    """Raise ConfigError if the folder holds a run already."""
-    if log_dir is not None and holds_run(Path(log_dir)):
-        raise ConfigError(f"--log-dir {log_dir} holds another run; give an empty or new folder")
 
 
 def new_run_folder(log_dir: str | None, name: str) -> Path:
@@ -93,9 +102,15 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
         code, reason = 1, str(error)
     except KeyboardInterrupt:
         code, reason = 75, "interrupted"
+    except torch.OutOfMemoryError as error:
+        code, reason = 1, f"out of GPU memory ({first_line(error)}); lower --micro-batch-size, --micro-batch-tokens (update) or "
+        reason += "--rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
     except Exception as error:
-        traceback.print_exc()
-        code, reason = 1, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if distributed.lost(error):
+            code, reason = 75, f"another rank is gone ({first_line(error)})"
+        else:
+            traceback.print_exc()
+            code, reason = 1, f"{type(error).__name__}: {first_line(error)}"
     if code:
         rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
         print(f"{name}{rank}: {reason}", file=sys.stderr, flush=True)
@@ -107,6 +122,21 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
                 json.dump({"code": code, "reason": reason}, file)
     distributed.stop()
     return code
+
+
+@contextlib.contextmanager
+def before_retry(save: Callable[[int], None], step: int) -> Iterator[None]:
+    """If this block ends in a RetryError, call save(step) first."""
+    try:
+        yield
+    except RetryError:
+        save(step)
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log_dir_of(argv: Sequence[str]) -> Path | None:

@@ -76,6 +76,10 @@ class Scorer(nn.Module):
         logp = torch.zeros(mask.shape, device=mask.device)  # (B, T)
         return logp.masked_scatter(mask, torch.cat(parts))
 
+    def decode(self, **inputs: Any) -> Any:
+        """The model's own forward pass, for sampling; a sharded model is entered through here or through `forward`."""
+        return self.model(**inputs)
+
     def _token_logp(self, head: nn.Module, states: Tensor, token: Tensor, t: Tensor) -> Tensor:
         logits = policy_logits(head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens)
         return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]  # (n,)

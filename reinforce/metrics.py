@@ -9,6 +9,7 @@ was sampled, ReMax's greedy responses included.
 
 import json
 import math
+import os
 import resource
 import statistics
 import sys
@@ -73,9 +74,20 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def tell(prompts: list[Prompt], before: list[Group], after: list[Group], run: Path) -> None:
-    """The last screen: validation before and after, five samples of each, where the files are."""
-    if before:
+def recorded(run: Path) -> dict[int, list[Group]]:
+    """The validations in a run folder, {step: groups}, in order."""
+    found: dict[int, list[Group]] = {}
+    for line in (run / "validation.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record.pop("step"), []).append(Group(**record))
+    return found
+
+
+def tell(prompts: list[Prompt], run: Path) -> None:
+    """The last screen: the first validation and the last, five samples of each, where the files are."""
+    validations = list(recorded(run).values())
+    if validations:
+        before, after = validations[0], validations[-1]
         print(f"\n{'validation':<12}{'reward':>16}{'tokens':>9}{'finished':>10}{'distinct-2':>12}")
         for name, groups in (("before", before), ("after", after)):
             reward, error = mean_reward(groups)
@@ -93,14 +105,14 @@ def tell(prompts: list[Prompt], before: list[Group], after: list[Group], run: Pa
 class Recorder:
     """The files of a run folder and the progress on screen. Only rank 0 has one."""
 
-    def __init__(self, folder: Path, total: int) -> None:
-        """`total` steps are to come."""
+    def __init__(self, folder: Path, total: int, done: int = 0) -> None:
+        """`total` steps are to come, of which `done` are there already."""
         self.folder = folder
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)
         self._validation = (folder / "validation.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._bar = tqdm(total=total, desc="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        self._bar = tqdm(total=total, initial=done, desc="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self._total = total
 
     def log(self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]) -> None:
@@ -130,6 +142,20 @@ class Recorder:
         reward, error = mean_reward(groups)
         self._board.add_scalar("val_reward", reward, step)
         self.say(f"validation after step {step}: reward {reward:.3f} ± {error:.3f} over {len(groups)} prompts")
+
+    def accuse(self, step: int, groups: Sequence[Group], update: Sequence[int], bad: Sequence[Sequence[bool]]) -> None:
+        """nonfinite.jsonl: of an update on the groups of these numbers, the bad responses (P, K), or all if none stands out."""
+        rows = [(i, k) for i in update for k in range(len(bad[i]))]
+        with (self.folder / "nonfinite.jsonl").open("w") as file:
+            for i, k in [(i, k) for i, k in rows if bad[i][k]] or rows:
+                one = {name: v[k] if isinstance(v, list) else v for name, v in asdict(groups[i]).items()}
+                file.write(json.dumps({"step": step, "k": k, **one}) + "\n")
+
+    def sync(self) -> None:
+        """See that the disk has every line so far, since the checkpoint that follows counts on them."""
+        for file in (self._metrics, self._rollouts, self._validation):
+            file.flush()
+            os.fsync(file.fileno())
 
     def say(self, line: str) -> None:
         """A line of text that does not tear the progress bar."""
@@ -168,10 +194,7 @@ def draw_curves(folder: Path) -> None:
             along = x == "step"
             axis.plot(*zip(*points, strict=True), "-" if along else ".", color="tab:blue", markersize=4, label="training")
         if y == "reward" and x == "step":
-            rewards: dict[int, list[float]] = {}
-            for line in (folder / "validation.jsonl").read_text().splitlines():
-                rewards.setdefault(json.loads(line)["step"], []).extend(json.loads(line)["reward"])
-            measured = [(step, statistics.fmean(values)) for step, values in rewards.items()]
+            measured = [(step, mean_reward(groups)[0]) for step, groups in recorded(folder).items()]
             if measured:
                 axis.plot(*zip(*measured, strict=True), "o--", color="tab:orange", label="validation")
                 axis.legend()

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from reinforce import distributed
+
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
@@ -36,9 +38,9 @@ def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, 
 
 
 def clip(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before."""
+    """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before, over all ranks' shards."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm)
+    return float(distributed.whole(norm))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,7 +12,7 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,15 @@ class RewardClient:
         self.url = f"http://{host}:{port}"
         self._address = (host, port)
         self._token, self._fingerprint, self._timeout, self._deadline = token, fingerprint, timeout, deadline
+        self.stopped: Callable[[], bool] = lambda: False  # once it is true, no request is tried again
         self._connection: http.client.HTTPConnection | None = None
         self._info: ServerInfo | None = None
         self._requests = 0
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the reward model that is pinned; None if the server shows none."""
+        return self._fingerprint
 
     def connect(self, wait: float = 0.0) -> ServerInfo:
         """Find the server within `wait` seconds (0: one try) and pin its fingerprint.
@@ -123,6 +129,8 @@ class RewardClient:
             except _TryAgainError as error:
                 pause = min(30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
                 tries += 1
+                if self.stopped():
+                    raise RetryError(f"stopped while reward server {self.url} gave no usable answer ({error})") from error
                 if time.monotonic() + pause > end:
                     reason = f"reward server {self.url} gave no usable answer within {self._deadline:g} s ({error})"
                     raise RetryError(reason) from error

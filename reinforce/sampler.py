@@ -12,11 +12,14 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reinforce.logprobs import policy_logits
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -148,24 +151,28 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 def sample_in_batches(
-    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, max_rows: int
-) -> Rollout:
+    model: Callable[..., Any], prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, max_rows: int,
+    device: torch.device = CPU,
+) -> Rollout:  # fmt: skip
     """`sample`, at most `max_rows` rows at a time, in whole groups (at least one)."""
     k = len(seeds) // len(prompts)
     n = max(1, max_rows // k)
-    parts = [sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how) for i in range(0, len(prompts), n)]
+    parts = [sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how, device) for i in range(0, len(prompts), n)]
     return join(parts, how.pad_id)
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling) -> Rollout:
+def sample(
+    model: Callable[..., Any], prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, device: torch.device = CPU
+) -> Rollout:
     """Sample len(seeds) / len(prompts) = K responses to each prompt; seeds in row order.
+
+    `model` is a Hugging Face causal language model on `device`, or its forward method.
 
     Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without `decode`.
     """
     if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
-    device = next(model.parameters()).device
     prompt, prompt_mask = left_pad(prompts, how.pad_id, device)  # (P, S)
     out = model(input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
                 use_cache=True, logits_to_keep=1)  # fmt: skip

@@ -12,7 +12,7 @@ from reinforce import checkpoint
 
 
 def save(run, step, reward, keep=1):
-    return checkpoint.save(run, step, tiny_llama(), toy.make_tokenizer(), {"val_reward": reward}, keep)
+    return checkpoint.save(run, step, tiny_llama(), None, toy.make_tokenizer(), {"val_reward": reward}, keep)
 
 
 def names(run):
@@ -30,7 +30,7 @@ def test_the_last_checkpoint_and_the_best_of_the_others_are_kept(tmp_path):
 
 def test_a_checkpoint_is_an_ordinary_folder_with_tied_weights_once(tmp_path):
     model = toy.LlamaForCausalLM(toy.make_config(toy.make_tokenizer()))
-    folder = checkpoint.save(tmp_path, 7, model, toy.make_tokenizer(), {}, 1)
+    folder = checkpoint.save(tmp_path, 7, model, None, toy.make_tokenizer(), {}, 1)
     from safetensors.torch import load_file
 
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
