@@ -73,14 +73,14 @@ def save(
 
 def _whole(tensors: Any) -> Iterator[tuple[str, Tensor]]:
     """Named tensors in full, on rank 0's CPU; one that comes under two names (tied weights), the same both times."""
-    kept: dict[int, Tensor] = {}
+    first, kept = distributed.rank() == 0, dict[int, Tensor | None]()
     for name, tensor in tensors:
         if id(tensor) not in kept:
-            value = distributed.whole(tensor.detach())
-            if distributed.rank() == 0:
-                kept[id(tensor)] = value.cpu().contiguous()
-        if distributed.rank() == 0:
-            yield name, kept[id(tensor)]
+            value = distributed.whole(tensor.detach())  # every rank takes part, and rank 0 keeps it
+            kept[id(tensor)] = value.cpu().contiguous() if first else None
+        own = kept[id(tensor)]
+        if own is not None:
+            yield name, own
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:

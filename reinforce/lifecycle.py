@@ -150,11 +150,15 @@ def log_dir_of(argv: Sequence[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def toy_server(wait: float = 120.0) -> Iterator[tuple[str, int]]:
-    """serve_rm.py with the toy's reward model on a free loopback port; ends with this block, or with this process."""
+def toy_server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
+    """serve_rm.py with the toy's reward model on a free loopback port; ends with this block, or with this process.
+
+    `batch` is its --inference-micro-batch-size; at 1 a reward depends on its text alone, bitwise.
+    """
     with tempfile.TemporaryDirectory() as place, (Path(place) / "server.log").open("w+") as log:
         ready = Path(place) / "ready"
-        command = [sys.executable, str(ROOT / "serve_rm.py"), "--ready-file", str(ready), "--exit-with-parent"]
+        command = [sys.executable, str(ROOT / "serve_rm.py"), "--ready-file", str(ready), "--exit-with-parent",
+                   "--inference-micro-batch-size", str(batch)]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         try:

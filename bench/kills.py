@@ -1,0 +1,233 @@
+"""A run that cannot be lost: SIGKILL it again and again, go on each time, and compare the end with an undisturbed run.
+
+    python bench/kills.py --kills 200                  at random instants
+    python bench/kills.py --kills 50 --ranks 2         one of two ranks, chosen at random; the other must end by itself
+    python bench/kills.py --exact                      before and after each fsync and each rename of one checkpoint
+
+A run is right if every parameter, AdamW's averages, and every line of its logs but for times are bitwise those of the undisturbed
+one, and lost if the same command does not bring it to its end. Each life is a fork of this process, so that it need not import
+PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with a checkpoint after every step.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with threads of its own would hang
+
+import train
+from recipes import toy
+from reinforce import lifecycle
+
+STEPS = 6
+BASELINES = ("rloo", "ema", "remax")
+BOUND = 60.0  # seconds that a rank may outlive another one that was killed
+
+
+def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> list[str]:
+    """The command line of a run; the checkpoint of an epoch's short last step (the third, of two prompts) included."""
+    folder = toy.prepare()
+    prompts = run.parent / "prompts.jsonl"
+    if not prompts.exists():
+        lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:10]
+        prompts.write_text("".join(lines))
+    values = {"policy": folder / "policy", "train-data": prompts, "val-data": prompts, "rm-host": address[0], "rm-port": address[1],
+              "baseline": baseline, "num-rollout-samples": 4, "num-rollouts-per-prompt": 2, "max-new-tokens": 12, "lr": 0.01,
+              "max-epochs": 9, "max-steps": STEPS, "val-check-interval": 3, "save-interval": 1, "save-top-k": 1, "device": "cpu",
+              "log-dir": run}  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def deadly(at: int, after: bool) -> None:
+    """Kill this process at its `at`-th call (from 1) of fsync, rename or replace; 0: only count them, into $EVENTS."""
+    count = 0
+
+    def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **how: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*args, **how)
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not at:
+                Path(os.environ["EVENTS"]).write_text(str(count))
+            return result
+
+        return watched
+
+    for name in ("fsync", "rename", "replace"):
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: None) -> list[int]:
+    """Fork the processes of one life; their pids. Output goes to life.log beside the run folder."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        log = os.open(Path(words[-1]).parent / "life.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        sys.argv = ["train.py", *words]
+        prepare()
+        code = 70
+        try:
+            train.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return pids
+
+
+def buried(pids: list[int], patience: float) -> list[int]:
+    """Wait for all of them; their exit codes, -9 for a killed one. One that outlives `patience` is killed and has code -1."""
+    codes, end = {}, time.monotonic() + patience
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    codes[pid] = -1
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+
+def digest(run: Path) -> str:
+    """Of all that must be the same: weights, optimizer, and the logs without times."""
+    last = sorted(run.glob("checkpoints/step-*"))[-1]
+    parts = [last.name.encode(), *((last / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer"))]
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        kept = {k: v for k, v in json.loads(line).items() if not k.startswith("time_") and k != "tokens_per_s"}
+        parts.append(json.dumps(kept).encode())
+    parts += [(run / f"{name}.jsonl").read_bytes() for name in ("rollouts", "validation")]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+
+class Tally:
+    """What happened so far."""
+
+    def __init__(self, place: Path, address: tuple[str, int], ranks: int) -> None:
+        """`place` is an empty folder for the runs."""
+        self.place, self.address, self.ranks = place, address, ranks
+        self.kills = self.early = self.runs = self.lost = self.wrong = self.orphans = 0
+        self.right: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def undisturbed(self, baseline: str) -> None:
+        """Run once without a kill: what is right, and how long a life lasts."""
+        run = self.place / f"right-{baseline}"
+        start = time.monotonic()
+        codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
+        if any(codes):
+            sys.exit(f"the undisturbed run ended with {codes}: {(self.place / 'life.log').read_text()[-2000:]}")
+        self.seconds, self.right[baseline] = time.monotonic() - start, digest(run)
+
+    def finish(self, run: Path, baseline: str) -> None:
+        """Let a run go on to its end, and judge it."""
+        self.runs += 1
+        codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
+        if any(codes):
+            self.lost += 1
+            print(f"lost: {run.name} ended with {codes}: {(self.place / 'life.log').read_text()[-1500:]}", flush=True)
+        elif digest(run) != self.right[baseline]:
+            self.wrong += 1
+            print(f"wrong: {run.name}", flush=True)
+        else:
+            shutil.rmtree(run)
+
+    def random_kills(self, wanted: int, rng: random.Random) -> None:
+        """Runs that are each killed one to four times, until there were so many kills."""
+        while self.kills < wanted:
+            baseline = BASELINES[self.runs % len(self.right)]
+            run = self.place / f"run-{self.runs}"
+            for _ in range(rng.randint(1, 4)):
+                pids = born(flags(run, baseline, self.address, self.ranks), self.ranks)
+                time.sleep(rng.uniform(0.0, self.seconds))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(pids), signal.SIGKILL)
+                codes = buried(pids, BOUND)
+                self.orphans += -1 in codes
+                if -9 not in codes:  # it had reached its end before
+                    break
+                self.kills += 1
+                self.early += not list(run.glob("checkpoints/step-*"))
+            self.finish(run, baseline)
+            print(
+                f"\r{self.kills} kills, {self.runs} runs, {self.lost} lost, {self.wrong} wrong", end="", file=sys.stderr, flush=True
+            )
+        print(file=sys.stderr)
+
+    def exact_kills(self, baseline: str, stride: int) -> None:
+        """One run for each kill: before and after every `stride`-th fsync, rename and replace of a run of three steps."""
+        counter = self.place / "events"
+        os.environ["EVENTS"] = str(counter)
+        words = flags(self.place / "counted", baseline, self.address, 1)
+        words[words.index("--max-steps") + 1] = "3"
+        buried(born(words, 1, lambda: deadly(0, False)), 300)
+        total = int(counter.read_text())
+        for at in range(1, total + 1, stride):
+            for after in (False, True):
+                run = self.place / f"at-{at}-{after}"
+                codes = buried(born(flags(run, baseline, self.address, 1), 1, lambda at=at, after=after: deadly(at, after)), 300)
+                self.kills += codes == [-9]
+                self.finish(run, baseline)
+        print(f"{total} events of fsync and rename in three steps")
+
+
+def main() -> None:
+    """Serve the toy's reward, kill, tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="at random instants")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run, of which one is killed")
+    parser.add_argument("--exact", action="store_true", help="at each fsync and rename instead")
+    parser.add_argument("--stride", type=int, default=1, help="with --exact: only every so many-th of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    args = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as place, lifecycle.toy_server(batch=1) as address:
+        tally = Tally(Path(place), address, args.ranks)
+        for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, args.kills))]:
+            tally.undisturbed(baseline)
+        if args.exact:
+            tally.exact_kills(BASELINES[0], args.stride)
+        else:
+            tally.random_kills(args.kills, random.Random(args.seed))
+    told = {"kills": tally.kills, "before the first checkpoint": tally.early, "runs": tally.runs, "lost": tally.lost,
+            "wrong": tally.wrong, "ranks that outlived another by more than a minute": tally.orphans, "ranks": args.ranks,
+            "seconds": round(time.monotonic() - start)}  # fmt: skip
+    for name, value in told.items():
+        print(f"{name:<52}{value:>6}")
+    print(json.dumps(told))
+    sys.exit(bool(tally.lost or tally.wrong or tally.orphans))
+
+
+if __name__ == "__main__":
+    main()
