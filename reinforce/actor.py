@@ -144,7 +144,8 @@ def load(inputs: Inputs) -> Actor:
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+        hf = cast(Any, model)  # transformers 5.23 has another name for it than 5.17
+        getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
     scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
     reference = None
     if config.initial_policy_kl_penalty > 0:

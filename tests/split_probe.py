@@ -84,7 +84,7 @@ def measure(name, flags, policy, tokenizer):
         advantage = 2 * advantage
     batch = train.Batch(part, advantage[own], valid[own], None)
     calls, gradient = [], None
-    block = actor.model.model.layers[0]
+    block = actor.model.model.layers[0].mlp
     hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
     for _ in range(3):
         train.backward(actor, batch, list(range(len(own))), divisor)
