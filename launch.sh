@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Both jobs on one machine: a reward server in the background, the actor in front, and one exit code.
+#SBATCH --job-name=reinforce
+#SBATCH --output=slurm-%j.log --open-mode=append --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --nodes=1 --ntasks-per-node=1
+#SBATCH hetjob
+#SBATCH --nodes=1 --ntasks-per-node=1
+# Both jobs: a reward server in the background, the actor in front, and one exit code.
 #
 #   ./launch.sh [TRAIN FLAGS]                          the toy, prepared on first use
 #   ./launch.sh smollm2 [TRAIN FLAGS]                  SmolLM2-135M-Instruct against a served sentiment function
@@ -7,16 +13,25 @@
 #   ./launch.sh hh PAIRS [--size S] [--base MODEL] [TRAIN FLAGS]   HH-RLHF: SFT, reward model, REINFORCE, evaluation, all from
 #                                                      one base (SmolLM2); S: quick, hour (on two cores, default), full
 #   ./launch.sh compare [FLAGS] [-- TRAIN FLAGS]       all baselines on the toy, or on your policy and reward (--help)
+#   sbatch SERVER'S NODES : ACTOR'S NODES launch.sh run SERVER FLAGS -- TRAIN FLAGS     the same as a Slurm hetjob
 #
-# NPROC=2 trains on two processes. Needs bash 3.2 or newer.
+# NPROC: processes of the actor, on each node (default: 1; under Slurm the GPUs of a node). Under Slurm, SRUN_ARGS goes to both
+# sruns (container image, mounts, --mpi), and PYTHON names the Python in the container. Needs bash 3.2 or newer.
 set -euo pipefail
 
+slurm="${SLURM_JOB_ID:+${SLURM_JOB_NODELIST_HET_GROUP_1:-}}"  # the actor's nodes, in a hetjob
 here="$(cd "$(dirname "$0")" && pwd)"
-python=''
+if [ -n "$slurm" ]; then
+  here="$SLURM_SUBMIT_DIR"  # Slurm runs a copy of this file from a folder of its own
+  if [ ! -e "$here/train.py" ]; then
+    echo "launch.sh: there is no train.py in $here; call sbatch in the folder that holds launch.sh" >&2
+    exit 2
+  fi
+fi
+python="${PYTHON:-}"
 for candidate in ${VIRTUAL_ENV:+python} ${CONDA_PREFIX:+python} "$here/.venv/bin/python" python3; do
-  if "$candidate" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+  if [ -z "$python" ] && "$candidate" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
     python="$candidate"
-    break
   fi
 done
 if [ -z "$python" ]; then
@@ -29,7 +44,7 @@ mode=toy
 case "${1:-}" in
   toy|smollm2|run|hh) mode=$1; shift ;;
   compare) shift; exec "$python" "$here/recipes/compare.py" "$@" ;;
-  -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$here/launch.sh"; exit 0 ;;
+  -h|--help) sed -n '8,20s/^# \{0,1\}//p' "$here/launch.sh"; exit 0 ;;
   -*|'') ;;
   *) echo "launch.sh: unknown recipe '$1'; there are toy, smollm2, run, hh and compare" >&2; exit 2 ;;
 esac
@@ -40,12 +55,8 @@ for word in "$@"; do
   if [ "$previous" = --log-dir ]; then run="$word"; fi
   previous="$word"
 done
-if [ -e "$run/metrics.jsonl" ]; then
-  echo "launch.sh: --log-dir $run holds another run; give an empty or new folder" >&2
-  exit 2
-fi
 
-server_flags=(--exit-with-parent)
+server_flags=()
 train_flags=()
 case "$mode" in
   toy)
@@ -108,14 +119,44 @@ esac
 
 if [ -z "$run" ]; then
   run="runs/$mode-$(date +%Y%m%d-%H%M%S)"
-  [ ! -e "$run" ] || run="$run-$$"
+  if [ -n "$slurm" ]; then run="runs/$mode-$SLURM_JOB_ID"; fi  # requeued, the job finds its run again
+  [ -n "$slurm" ] || [ ! -e "$run" ] || run="$run-$$"
   mkdir -p "$run"
   ln -sfn "$(basename "$run")" runs/latest
 fi
 mkdir -p "$run"
 rm -f "$run/exit.json" "$run/server.ready"
 
-server='' trainer=''
+last_step() { (cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-* | tail -n 1) || true; }  # of the checkpoints
+before="$(last_step)"
+
+processes="${NPROC:-1}" cpus="$(getconf _NPROCESSORS_ONLN)"
+server_srun=() trainer_srun=() rendezvous=(--standalone)
+host_of() {  # host_of NODELIST: its first host
+  local first=''
+  read -r first < <(scontrol show hostnames "$1") || true
+  if [ -z "$first" ]; then echo "launch.sh: scontrol names no host of '$1'" >&2; exit 1; fi
+  echo "$first"
+}
+if [ -n "$slurm" ]; then
+  read -r -a srun_args <<<"${SRUN_ARGS:-}"
+  server_srun=(srun --het-group=0 --nodes=1 --ntasks=1 ${srun_args[@]+"${srun_args[@]}"})
+  nodes="$(scontrol show hostnames "$slurm" | wc -l | tr -d ' ')"
+  trainer_srun=(srun --het-group=1 --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 ${srun_args[@]+"${srun_args[@]}"})
+  actor_host="$(host_of "$slurm")"
+  rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
+    --rdzv-endpoint "$actor_host:$((20000 + SLURM_JOB_ID % 10000))")
+  gpus="${SLURM_GPUS_PER_NODE_HET_GROUP_1:-${SLURM_GPUS_PER_NODE:-1}}"
+  processes="${NPROC:-${gpus##*:}}" cpus="${SLURM_CPUS_ON_NODE:-$cpus}"
+  export RM_TOKEN_FILE="$run/rm_token"
+  rm -f "$RM_TOKEN_FILE"
+  (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RM_TOKEN_FILE")
+  server_flags+=(--host 0.0.0.0)
+else
+  server_flags+=(--exit-with-parent)
+fi
+
+server='' trainer='' signalled=''
 finish() {  # the trainer first, then the server that it talks to
   for pid in $trainer $server; do
     kill -TERM "$pid" 2>/dev/null || true
@@ -123,32 +164,50 @@ finish() {  # the trainer first, then the server that it talks to
   done
 }
 trap finish EXIT
-forward() { if [ -n "$trainer" ]; then kill "-$1" "$trainer" 2>/dev/null || true; else exit 75; fi; }
-trap 'forward INT' INT
+forward() {  # only the first signal: another one must not break the save that this one starts
+  if [ -z "$trainer" ]; then exit 75; fi
+  if [ -z "$signalled" ]; then
+    signalled=$1
+    echo "launch.sh: SIG$1: the actor ends after this step and saves" >&2
+    kill "-$1" "$trainer" 2>/dev/null || true
+  fi
+}
+trap 'forward "${slurm:+TERM}${slurm:-INT}"' INT
 trap 'forward TERM' TERM
 trap 'forward USR1' USR1
 
 set -m  # process groups of their own: Ctrl-C comes here, and goes to the trainer alone
-"$python" "$here/serve_rm.py" "${server_flags[@]}" --ready-file "$run/server.ready" \
+${server_srun[@]+"${server_srun[@]}"} "$python" "$here/serve_rm.py" "${server_flags[@]}" --ready-file "$run/server.ready" \
   </dev/null >"$run/server.log" 2>&1 &
 server=$!
 set +m
-while [ ! -s "$run/server.ready" ]; do
+healthy() {  # healthy HOST PORT: whether GET /health answers 200
+  local status=''
+  (exec 3<>"/dev/tcp/$1/$2" && printf 'GET /health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n' "$1" >&3 \
+    && read -r -t 5 status <&3 && [[ "$status" == *" 200 "* ]]) 2>/dev/null
+}
+host='' port=''
+while :; do
   if ! kill -0 "$server" 2>/dev/null; then
     code=0; wait "$server" || code=$?
     tail -n 5 "$run/server.log" >&2
     echo "launch.sh: the reward server ended with code $code; its log: $run/server.log" >&2
     exit "$((code ? code : 1))"
   fi
+  if [ -s "$run/server.ready" ]; then
+    read -r host port <"$run/server.ready"
+    if [ -z "$slurm" ]; then break; fi
+    host="$(host_of "$SLURM_JOB_NODELIST_HET_GROUP_0")"
+    if healthy "$host" "$port"; then break; fi
+  fi
   sleep 0.1
 done
-read -r host port <"$run/server.ready"
 echo "reward server: http://$host:$port, log: $run/server.log"
 
-processes="${NPROC:-1}"
-threads="$(($(getconf _NPROCESSORS_ONLN) / processes))"
+threads="$((cpus / processes))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 set -m
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" "$python" -m torch.distributed.run --standalone \
+${trainer_srun[@]+"${trainer_srun[@]}"} "$python" -m torch.distributed.run "${rendezvous[@]}" \
   --nproc-per-node "$processes" --shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" \
   ${train_flags[@]+"${train_flags[@]}"} --rm-host "$host" --rm-port "$port" --rm-wait 600 --log-dir "$run" "$@" </dev/null &
 trainer=$!
@@ -169,13 +228,24 @@ if [ -n "$server_code" ]; then
   exit "$((server_code ? server_code : 75))"
 fi
 if [ -s "$run/exit.json" ]; then
-  code="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$run/exit.json")"
+  code="$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$run/exit.json")"
 fi
 if [ "$code" -ne 0 ]; then
   if [ -s "$run/exit.json" ]; then
-    "$python" -c 'import json, sys; print("launch.sh:", json.load(open(sys.argv[1]))["reason"])' "$run/exit.json" >&2
+    sed -n 's/.*"reason": "\(.*\)".*/launch.sh: \1/p' "$run/exit.json" >&2
   fi
   echo "launch.sh: exit code $code; logs: $run" >&2
+  if [ "$code" -eq 75 ] && [ -n "$slurm" ]; then
+    finish
+    if [ "$(last_step)" != "$before" ]; then
+      echo "launch.sh: requeued, to go on from $(last_step)" >&2
+      scontrol requeue "$SLURM_JOB_ID" || true
+    else
+      echo "launch.sh: not requeued: no new checkpoint since this job started" >&2
+    fi
+  elif [ "$code" -eq 75 ]; then
+    echo "launch.sh: to go on, the same command with --log-dir $run" >&2
+  fi
   exit "$code"
 fi
 if [ "$mode" = hh ]; then

@@ -71,6 +71,27 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def server_port(small, tmp_path_factory):
+    """A server of the small reward model; a reward depends on its text alone, bitwise."""
+    from test_server import serving
+
+    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model", "--inference-micro-batch-size", 1) as (
+        _,
+        port,
+        _p,
+    ):
+        yield port
+
+
+@pytest.fixture
+def flags(small, server_port):
+    """A run of three steps an epoch on the small models: six prompts a step, K = 2."""
+    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
+            "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2",
+            "--max-new-tokens", "8", "--val-check-interval", "2"]  # fmt: skip
+
+
 def environment(**extra):
     """The environment of a script under test: no proxies, no hub, and one thread so that runs repeat."""
     kept = {k: v for k, v in os.environ.items() if k.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "RM_TOKEN", "RM_TOKEN_FILE")}

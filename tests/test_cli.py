@@ -132,14 +132,6 @@ def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path):
     assert metrics(tmp_path) == [{}]
 
 
-@pytest.fixture(scope="module")
-def server_port(small, tmp_path_factory):
-    from test_server import serving
-
-    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model") as (_, port, _p):
-        yield port
-
-
 def broken_policy(folder, small, change):
     """A copy of the small policy with one thing wrong."""
     import shutil

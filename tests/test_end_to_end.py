@@ -54,24 +54,6 @@ def last_weights(run):
 
 
 @pytest.fixture(scope="module")
-def server_port(small, tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model", "--inference-micro-batch-size", 1) as (
-        _,
-        port,
-        _p,
-    ):
-        yield port
-
-
-@pytest.fixture
-def flags(small, server_port, tmp_path):
-    """A run of three steps on the small models: six prompts a step, K = 2."""
-    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
-            "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2",
-            "--max-new-tokens", "8", "--val-check-interval", "2"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
 def toy_run(toy_folder, tmp_path_factory):
     """launch.sh as the README has it, but half as long."""
     run = tmp_path_factory.mktemp("toy") / "run"

@@ -1,0 +1,451 @@
+"""A run that cannot be lost: killed, stopped, damaged or out of disk, the same command goes on, bitwise; another one is refused."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, metrics, script, torchrun, train_here
+from safetensors.torch import load_file
+
+from reinforce import checkpoint, resume
+from reinforce.config import TrainConfig
+from reinforce.errors import ConfigError, RetryError
+
+
+def untimed(run):
+    """The lines of metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in line.items() if not k.startswith("time_") and k != "tokens_per_s"} for line in metrics(run)]
+
+
+def assert_same(a, b):
+    """Two runs that ended alike: parameters, optimizer, every line of their logs."""
+    x, y = (checkpoint.steps(run)[-1] for run in (a, b))
+    assert x.name == y.name and untimed(a) == untimed(b)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = load_file(x / name), load_file(y / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for name in ("rollouts.jsonl", "validation.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    assert checkpoint.state(x) == checkpoint.state(y)
+
+
+def go(flags, run, steps, *more, code=0):
+    """train.py in this process."""
+    out = train_here(*flags, "--lr", "0.01", "--max-epochs", "99", "--max-steps", steps, "--log-dir", run, *more)
+    assert out.returncode == code, out.stdout
+    return out.stdout
+
+
+@pytest.fixture(scope="module")
+def six(small, server_port, tmp_path_factory):
+    """Six steps in one go, two epochs of three, with --baseline ema; and the flags."""
+    place = tmp_path_factory.mktemp("six")
+    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
+             "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "7", "--num-rollouts-per-prompt", "2",
+             "--max-new-tokens", "8", "--val-check-interval", "1", "--save-interval", "1", "--save-top-k", "9", "--baseline", "ema"]  # fmt: skip
+    go(flags, place / "run", 6)
+    return flags, place / "run"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
+def test_a_run_in_two_parts_is_the_run_in_one_at_every_step(six, cut, tmp_path):
+    """Also at the epoch's edge, 3."""
+    flags, right = six
+    go(flags, tmp_path / "run", cut)
+    out = go(flags, tmp_path / "run", 6)
+    assert f"going on after step {cut} of 6" in out and out.count("before  ") >= 5
+    assert_same(tmp_path / "run", right)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_end_as_undisturbed_ones(ranks):
+    """Real SIGKILLs at random instants: one run each of rloo, ema and remax; with two ranks one of them is killed."""
+    out = script("bench/kills.py", "--kills", 3, "--ranks", ranks)
+    told = json.loads(out.stdout.splitlines()[-1])
+    assert out.returncode == 0 and told["kills"] >= 3 and told["lost"] == told["wrong"] == 0, out.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--kills", 200], ["--kills", 50, "--ranks", 2], ["--exact"]])
+def test_hundreds_of_kills(how):
+    out = script("bench/kills.py", *how, timeout=3000)
+    assert out.returncode == 0, out.stdout
+
+
+def test_a_checkpoint_survives_a_kill_before_and_after_each_fsync_and_rename(tmp_path):
+    """Saving step 2 beside step 1, killed at every such call in turn: the newest good one is whole, and 2 once its name is there."""
+    code = f"""
+import os, shutil, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+os.environ["OMP_NUM_THREADS"] = "1"
+from pathlib import Path
+from conftest import tiny_llama
+from bench.kills import deadly
+from recipes import toy
+from reinforce import checkpoint
+model, tokenizer, place = tiny_llama(), toy.make_tokenizer(), Path({str(tmp_path)!r})
+def save(run, step):
+    checkpoint.save(run, step, model, None, tokenizer, {{}}, 0)
+save(place / "first", 1)
+at, seen = 0, []
+while True:
+    at += 1
+    for after in (False, True):
+        run = place / f"{{at}}-{{after}}"
+        shutil.copytree(place / "first", run)
+        pid = os.fork()
+        if not pid:
+            deadly(at, after)
+            save(run, 2)
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        good = checkpoint.newest(run)
+        assert good.name in ("step-000001", "step-000002"), good
+        seen.append(good.name)
+        save(run, 2)
+        assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-000002"] and checkpoint.flaw(run / "checkpoints/step-000002") is None
+    if not killed:
+        break
+assert seen == sorted(seen) and len(set(seen)) == 2, seen
+print("kills:", 2 * (at - 1))
+"""
+    out = script("-c", code)
+    assert out.returncode == 0 and "is damaged" not in out.stdout, out.stdout
+    assert int(out.stdout.split("kills:")[1]) >= 20
+
+
+def damage(folder, how):
+    """Do to a checkpoint what disks and people do."""
+    file = folder / "model.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif how == "one bit":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif how == "missing":
+        (folder / "optimizer.safetensors").unlink()
+    elif how == "garbage":
+        (folder / "state.json").write_text("{")
+    else:
+        (folder / "manifest.json").write_text('{"files": 3}')
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "missing", "garbage", "manifest"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(six, how, tmp_path, capfd):
+    flags, right = six
+    run = shutil.copytree(right, tmp_path / "run")
+    damage(checkpoint.steps(run)[-1], how)
+    out = go(flags, run, 6)
+    assert "step-000006 is damaged" in out and "going on after step 5" in out
+    assert_same(run, right)
+
+
+def test_without_a_good_checkpoint_nothing_starts_from_scratch(six, tmp_path):
+    flags, right = six
+    run = shutil.copytree(right, tmp_path / "run")
+    for folder in checkpoint.steps(run):
+        damage(folder, "one bit")
+    for how in ("auto", "must"):
+        out = go(flags, run, 6, "--resume", how, code=2)
+        assert "none of its 6 checkpoints is whole" in out
+    assert untimed(run) == untimed(right), "the logs are as they were"
+
+
+def test_resume_must_and_never_do_what_they_say(six, tmp_path):
+    flags, right = six
+    assert "no run to go on with" in go(flags, tmp_path / "none", 6, "--resume", "must", code=2)
+    assert "--resume is never" in go(flags, right, 6, "--resume", "never", code=2)
+    began = tmp_path / "began"
+    began.mkdir()
+    (began / "identity.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        resume.plan(began, "must")
+    assert resume.plan(began, "auto") == resume.Start()
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (["--lr", "0.02"], "lr was 0.01, is 0.02"), (["--seed", "1"], "seed was 0, is 1"), (["--temperature", "0.9"], "temperature was 1.0, is 0.9"),
+    (["--baseline", "rloo"], "baseline was ema, is rloo"), (["--num-rollout-samples", "6"], "num_rollout_samples was 7, is 6"),
+])  # fmt: skip
+def test_another_configuration_is_refused_with_the_difference(six, change, told):
+    flags, right = six
+    before = {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file()}
+    out = train_here(*flags, "--lr", "0.01", "--max-epochs", "99", "--max-steps", "6", "--log-dir", right, *change)
+    assert out.returncode == 2 and told in out.stdout and "holds another run" in out.stdout, out.stdout
+    assert out.stdout.count(" was ") == 1
+    assert {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file()} == before
+
+
+def test_other_prompts_another_policy_and_another_reward_model_are_another_run(six, small, tmp_path):
+    flags, right = six
+    own = json.loads((right / "identity.json").read_text())
+    fewer = tmp_path / "train.jsonl"
+    fewer.write_text("".join((small / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    out = go([*flags, "--train-data", fewer], right, 6, code=2)
+    assert "prompts was" in out and "policy was" not in out
+    other = shutil.copytree(small / "reward_model", tmp_path / "policy")
+    assert resume.weights(str(other)) != own["policy"] == resume.weights(str(small / "policy"))
+    assert own["reward_model"] and len(own["reward_model"]) == 64
+    moved = shutil.copytree(small / "policy", tmp_path / "moved")
+    assert "has all its 6 steps" in go([*flags, "--policy", moved], right, 6), "the same policy in another place is the same"
+
+
+def test_flags_that_only_cut_the_work_otherwise_may_change(six, tmp_path):
+    flags, right = six
+    run = tmp_path / "run"
+    go(flags, run, 3)
+    out = go(flags, run, 6, "--micro-batch-size", "3", "--save-interval", "2", "--gradient-checkpointing", "--parallel", "fsdp")
+    assert "going on after step 3" in out
+    for a, b in zip(untimed(run), untimed(right), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_finished_run_is_left_as_it_is(six, tmp_path):
+    flags, right = six
+    run = shutil.copytree(right, tmp_path / "run")
+    out = go(flags, run, 6)
+    assert "this run has all its 6 steps" in out and json.loads((run / "exit.json").read_text())["code"] == 0
+    assert_same(run, right)
+    assert go(flags, run, 4) and len(metrics(run)) == 6, "a smaller --max-steps takes nothing back"
+
+
+def test_logs_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
+    lines = [json.dumps({"step": step, "text": "a\u2028b"}) + "\n" for step in (0, 1, 1, 2, 2, 3)]
+    for name in resume.LOGS:
+        (tmp_path / name).write_text("".join(lines) + '{"step": 2, "te')
+    resume.cut_back(tmp_path, 2)
+    for name in resume.LOGS:
+        assert (tmp_path / name).read_text() == "".join(lines[:5])
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3].rstrip("\n"))
+    resume.cut_back(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
+    resume.cut_back(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_every_field_of_the_configuration_is_either_part_of_the_run_or_soft():
+    import dataclasses
+
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert names >= resume.SOFT
+    hard = resume.identity(TrainConfig(), policy="x")
+    assert set(hard) == (names - resume.SOFT) | {"policy"} and {"lr", "baseline", "seed", "precision"} <= set(hard)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(six):
+    _, right = six
+    folder = checkpoint.steps(right)[-1]
+    kinds = {path.suffix for path in folder.iterdir()}
+    assert kinds <= {".safetensors", ".json", ".jinja"}, kinds
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {p.name for p in folder.iterdir()} - {
+        "manifest.json"
+    }
+    moments = load_file(folder / "optimizer.safetensors")
+    assert "model.embed_tokens.weight.exp_avg_sq" in moments and not any(name.startswith("lm_head") for name in moments)
+
+
+def test_the_time_limit_ends_with_75_and_the_run_goes_on(six, tmp_path):
+    flags, _ = six
+    run = tmp_path / "run"
+    out = go(flags, run, 297, "--save-interval", "999", "--max-time-per-run", "00:00:00:02", code=75)
+    done = len(metrics(run))
+    assert "its time limit of 2 s" in out and f"after step {done} of 297" in out
+    assert [f.name for f in checkpoint.steps(run)] == [f"step-{done:06d}"]
+    assert f"going on after step {done}" in go(flags, run, done + 1)
+    for text in ("3:45", "1:2:3:4", "x", "-1:00:00:00"):
+        with pytest.raises(ConfigError, match="DD:HH:MM:SS"):
+            TrainConfig(max_time_per_run=text).check()
+
+
+def test_a_server_that_is_gone_costs_no_step(six, tmp_path, monkeypatch):
+    """At the fourth request for rewards no usable answer comes any more: three steps are saved, and the run goes on from there."""
+    from reinforce.rm_client import RewardClient
+
+    flags, right = six
+    ask, count = RewardClient.rewards, []
+
+    def gone(self, **request):
+        count.append(1)
+        if len(count) > 7:  # of these, four were validation's
+            raise RetryError("reward server gave no usable answer")
+        return ask(self, **request)
+
+    monkeypatch.setattr(RewardClient, "rewards", gone)
+    out = go(flags, tmp_path / "run", 6, "--save-interval", "99", code=75)
+    monkeypatch.undo()
+    assert "no usable answer" in out and [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-000003"]
+    go(flags, tmp_path / "run", 6)
+    assert_same(tmp_path / "run", right)
+
+
+def test_a_stopping_run_does_not_wait_for_a_dead_server():
+    from reinforce.rm_client import RewardClient
+
+    client = RewardClient("127.0.0.1", 9, deadline=60)
+    client._info = object.__new__(type("Info", (), {"max_texts": 64, "fingerprint": None}))
+    client.stopped = lambda: True
+    start = time.monotonic()
+    with pytest.raises(RetryError, match="stopped while"):
+        client.rewards(query=["x"])
+    assert time.monotonic() - start < 10
+
+
+def test_a_full_disk_ends_the_run_with_the_bytes_it_lacks_and_the_last_checkpoint_whole(six, tmp_path):
+    """A limit on the size of a file stands for it: the weights of step 4 do not fit under it."""
+    flags, right = six
+    run = tmp_path / "run"
+    go(flags, run, 3)
+    limit = (checkpoint.steps(run)[-1] / "model.safetensors").stat().st_size // 2
+    words = [*flags, "--lr", "0.01", "--max-epochs", "99", "--max-steps", "6", "--log-dir", run]
+    out = subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=ROOT, env=environment(OMP_NUM_THREADS=torch.get_num_threads()),
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+    assert out.returncode == 1 and "MiB needed" in out.stdout and "MiB free" in out.stdout and "Traceback" not in out.stdout, (
+        out.stdout
+    )
+    assert "step 4" in json.loads((run / "exit.json").read_text())["reason"]
+    assert [f.name for f in (run / "checkpoints").iterdir() if not f.name.startswith("step-00000")] == []
+    assert checkpoint.flaw(checkpoint.steps(run)[-1]) is None and checkpoint.steps(run)[-1].name == "step-000003"
+    go(flags, run, 6)
+    assert_same(run, right)
+
+
+SLOW_DISK = """
+import os, time
+sync = os.fsync
+def slow(handle):
+    open(os.environ["SYNCING"], "a").write(".")
+    time.sleep(0.15)
+    return sync(handle)
+os.fsync = slow
+"""
+
+
+def test_signals_while_it_saves_change_nothing(six, tmp_path):
+    """On a slow disk a save takes seconds; SIGTERM starts it, and SIGINT, SIGUSR1 and SIGTERM again come while it lasts."""
+    flags, _ = six
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    run, syncing = tmp_path / "run", tmp_path / "syncing"
+    words = [*flags, "--save-interval", "9999", "--val-check-interval", "9999", "--max-epochs", "9999", "--log-dir", run]
+    trainer = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=environment(PYTHONPATH=tmp_path, SYNCING=syncing))  # fmt: skip
+    wait_for(lambda: (run / "metrics.jsonl").exists() and metrics(run), trainer)
+    trainer.send_signal(signal.SIGTERM)
+    wait_for(syncing.exists, trainer)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        trainer.send_signal(number)
+        time.sleep(0.2)
+    assert trainer.wait(60) == 75
+    assert [checkpoint.flaw(f) for f in checkpoint.steps(run)] == [None]
+    assert "stopped by SIG" in json.loads((run / "exit.json").read_text())["reason"]
+
+
+def wait_for(happened, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+
+
+def test_two_ranks_stop_together_and_any_number_of_them_goes_on(six, tmp_path):
+    """Stopped on two ranks under DDP by a signal to torchrun, on with FSDP on two, and to the end on one: one training run.
+
+    18 prompts, 7 a step: the third step of each epoch takes the four that remain, on every number of ranks, each prompt once.
+    """
+    flags, right = six
+    run = tmp_path / "run"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
+             ROOT / "train.py", *flags, "--lr", "0.01", "--max-epochs", "99", "--log-dir", run]  # fmt: skip
+    job = subprocess.Popen([sys.executable, *map(str, words), "--max-steps", "4000"], env=environment(OMP_NUM_THREADS=1),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: (run / "metrics.jsonl").exists() and metrics(run), job)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(60)
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    done = len(metrics(run))
+    assert checkpoint.steps(run)[-1].name == f"step-{done:06d}" and checkpoint.flaw(checkpoint.steps(run)[-1]) is None
+
+    out = torchrun(2, *flags, "--lr", "0.01", "--max-epochs", "99", "--log-dir", run, "--max-steps", done + 2, "--parallel", "fsdp")
+    assert out.returncode == 0 and f"going on after step {done}" in out.stdout, out.stdout
+    total = max(6, done + 3)
+    go(flags, run, total)
+    reference = right if total == 6 else tmp_path / "whole"
+    if total > 6:
+        go(flags, reference, total)
+    for a, b in zip(untimed(run), untimed(reference), strict=True):
+        for key in ("reward", "kl", "objective", "response_length", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (a["step"], key)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    for epoch in range(total // 3):
+        seen = [row["index"] for row in rows if (row["step"] - 1) // 3 == epoch]
+        assert sorted(seen) == list(range(18))
+    assert [line["prompts_seen"] for line in metrics(run)][:6] == [7, 14, 18, 25, 32, 36]
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+backward, count = train.backward, []
+def poisoned(actor, batch, rows, divisor):
+    count.append(1)
+    if len(count) == 2 and os.environ["RANK"] == "1":
+        batch.advantage[3] = float({value!r})
+    return backward(actor, batch, rows, divisor)
+train.backward = poisoned
+train.main()
+"""
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_step(six, value, tmp_path):
+    flags, right = six
+    run = tmp_path / "run"
+    (tmp_path / "probe.py").write_text(POISON.format(root=str(ROOT), value=value))
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "probe.py", *flags, "--lr", "0.01",
+                 "--max-epochs", 99, "--max-steps", 6, "--log-dir", run, OMP_NUM_THREADS=1)  # fmt: skip
+    assert out.returncode == 1 and out.stdout.count("in step 2: no update was made") == 2, out.stdout
+    said = json.loads((run / "exit.json").read_text())
+    assert said["code"] == 1 and "nonfinite.jsonl" in said["reason"]
+    rows = [json.loads(line) for line in (run / "nonfinite.jsonl").read_text().splitlines()]
+    second = [json.loads(line) for line in (right / "rollouts.jsonl").read_text().splitlines()][7:14]
+    assert [(r["step"], r["index"], r["k"]) for r in rows] == [(2, second[3]["index"], 1)], (
+        "rank 1's second prompt, its second response"
+    )
+    assert [f.name for f in checkpoint.steps(run)] == ["step-000001"] and len(metrics(run)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_job_without_orphans_and_the_command_goes_on(six, number, tmp_path):
+    flags, _ = six
+    run = tmp_path / "run"
+    (tmp_path / "probe.py").write_text(
+        f"import sys, datetime\nsys.path.insert(0, {str(ROOT)!r})\nimport train\ntrain.distributed.TIMEOUT = datetime.timedelta(seconds=8)\n"
+        f"import os\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntrain.main()\n"
+    )
+    words = [*flags, "--lr", "0.01", "--max-epochs", "9999", "--log-dir", run]
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "10",
+                            str(tmp_path / "probe.py"), *map(str, words)], env=environment(OMP_NUM_THREADS=1), cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, job)
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    os.kill(pids[1], number)
+    assert job.wait(60) != 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    done = int(checkpoint.newest(run).name[-6:])
+    threading.Event().wait(0.1)
+    out = torchrun(2, *words, "--max-steps", done + 1)
+    assert out.returncode == 0 and f"going on after step {done}" in out.stdout, out.stdout
