@@ -56,7 +56,8 @@ for word in "$@"; do
   previous="$word"
 done
 
-server_flags=()
+server_flags=(--exit-with-parent)
+if [ -n "$slurm" ]; then server_flags=(--host 0.0.0.0); fi
 train_flags=()
 case "$mode" in
   toy)
@@ -151,9 +152,6 @@ if [ -n "$slurm" ]; then
   export RM_TOKEN_FILE="$run/rm_token"
   rm -f "$RM_TOKEN_FILE"
   (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RM_TOKEN_FILE")
-  server_flags+=(--host 0.0.0.0)
-else
-  server_flags+=(--exit-with-parent)
 fi
 
 server='' trainer='' signalled=''
@@ -172,7 +170,7 @@ forward() {  # only the first signal: another one must not break the save that t
     kill "-$1" "$trainer" 2>/dev/null || true
   fi
 }
-trap 'forward "${slurm:+TERM}${slurm:-INT}"' INT
+trap 'if [ -n "$slurm" ]; then forward TERM; else forward INT; fi' INT  # an interrupted srun asks for a second one
 trap 'forward TERM' TERM
 trap 'forward USR1' USR1
 
@@ -229,12 +227,13 @@ if [ -n "$server_code" ]; then
 fi
 if [ -s "$run/exit.json" ]; then
   code="$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$run/exit.json")"
+elif [ -n "$signalled" ] && [ "$code" -ne 0 ]; then
+  code=75  # it came before the actor could take it
 fi
 if [ "$code" -ne 0 ]; then
   if [ -s "$run/exit.json" ]; then
-    sed -n 's/.*"reason": "\(.*\)".*/launch.sh: \1/p' "$run/exit.json" >&2
+    sed -n 's/.*"reason": "\(.*\)".*/launch.sh: \1/p' "$run/exit.json" | sed 's/\\"/"/g' >&2
   fi
-  echo "launch.sh: exit code $code; logs: $run" >&2
   if [ "$code" -eq 75 ] && [ -n "$slurm" ]; then
     finish
     if [ "$(last_step)" != "$before" ]; then
@@ -246,6 +245,7 @@ if [ "$code" -ne 0 ]; then
   elif [ "$code" -eq 75 ]; then
     echo "launch.sh: to go on, the same command with --log-dir $run" >&2
   fi
+  echo "launch.sh: exit code $code; logs: $run" >&2
   exit "$code"
 fi
 if [ "$mode" = hh ]; then

@@ -28,6 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with threads of its own would hang
 
+import matplotlib.pyplot  # noqa: F401  a life draws its curves at the end; and like PyTorch it is slow to import
+
 import train
 from recipes import toy
 from reinforce import lifecycle
@@ -206,27 +208,31 @@ def main() -> None:
     """Serve the toy's reward, kill, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="at random instants")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run, of which one is killed")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes of a run, of which one is killed")
     parser.add_argument("--exact", action="store_true", help="at each fsync and rename instead")
     parser.add_argument("--stride", type=int, default=1, help="with --exact: only every so many-th of them")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as place, lifecycle.toy_server(batch=1) as address:
-        tally = Tally(Path(place), address, args.ranks)
-        for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, args.kills))]:
-            tally.undisturbed(baseline)
-        if args.exact:
-            tally.exact_kills(BASELINES[0], args.stride)
-        else:
-            tally.random_kills(args.kills, random.Random(args.seed))
-    told = {"kills": tally.kills, "before the first checkpoint": tally.early, "runs": tally.runs, "lost": tally.lost,
-            "wrong": tally.wrong, "ranks that outlived another by more than a minute": tally.orphans, "ranks": args.ranks,
-            "seconds": round(time.monotonic() - start)}  # fmt: skip
-    for name, value in told.items():
-        print(f"{name:<52}{value:>6}")
-    print(json.dumps(told))
-    sys.exit(bool(tally.lost or tally.wrong or tally.orphans))
+    wrong = False
+    with lifecycle.toy_server(batch=1) as address:
+        for ranks in args.ranks:
+            with tempfile.TemporaryDirectory() as place:
+                tally = Tally(Path(place), address, ranks)
+                start = time.monotonic()
+                for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, args.kills))]:
+                    tally.undisturbed(baseline)
+                if args.exact:
+                    tally.exact_kills(BASELINES[0], args.stride)
+                else:
+                    tally.random_kills(args.kills, random.Random(args.seed))
+            told = {"kills": tally.kills, "before the first checkpoint": tally.early, "runs": tally.runs, "lost": tally.lost,
+                    "wrong": tally.wrong, "ranks that outlived another by more than a minute": tally.orphans, "ranks": ranks,
+                    "seconds": round(time.monotonic() - start)}  # fmt: skip
+            for name, value in told.items():
+                print(f"{name:<52}{value:>6}")
+            print(json.dumps(told), flush=True)
+            wrong |= bool(tally.lost or tally.wrong or tally.orphans)
+    sys.exit(wrong)
 
 
 if __name__ == "__main__":

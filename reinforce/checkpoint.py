@@ -5,9 +5,9 @@
     state.json                                   step, validation reward, the moving average of --baseline ema
     manifest.json                                size and sha256 of all of these
 
-Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep, and nothing is a
-pickle. It is written beside its place, flushed to the disk and renamed: a folder of that name is whole, and what the disk does
-to it later shows in the manifest. Left out: shards written by every rank (one copy of the model must fit rank 0's memory).
+Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep. It is written beside
+its place, flushed to the disk and renamed: a folder of that name is whole, and what the disk does to it later shows in the
+manifest. Left out: shards written by every rank (one copy of the model must fit rank 0's memory).
 """
 
 import hashlib

@@ -119,7 +119,7 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             with (place / "exit.json").open("x") as file:  # the first rank that fails knows why
-                json.dump({"code": code, "reason": reason}, file)
+                json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
     distributed.stop()
     return code
 

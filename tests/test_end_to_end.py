@@ -1,23 +1,22 @@
 """The real thing: reward server and trainer as processes, the toy learned, two ranks equal, every stop clean."""
 
-import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, script, torchrun, train_here
+from conftest import ROOT, environment, metrics, script, small_flags, train_here
 from safetensors.torch import load_file
 from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reinforce.baselines import rloo
 from reinforce.config import BASELINES
+from reinforce.data import step_prompts
 
 KEYS = [
     "step",
@@ -132,59 +131,93 @@ def test_a_signal_before_the_first_step_is_told_apart_from_a_failure(small, tmp_
 
 
 PROBE = """
-import hashlib, os, sys
+import hashlib, json, os, sys
 sys.path.insert(0, {root!r})
 import train
-keep, flags, leave = train.train, sys.argv[1:], train.distributed.stop
-train.distributed.stop = lambda: None  # one process group for all six runs
+keep, backward, leave = train.train, train.backward, train.distributed.stop
+flags, cases = sys.argv[2:], json.loads(sys.argv[1])
+train.distributed.stop = lambda: None  # one process group for all runs
 def watched(actor, *rest):
     keep(actor, *rest)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
-    open(os.path.join({out!r}, actor.config.baseline + os.environ["RANK"]), "w").write(digest)
-train.train = watched
-for baseline in {baselines!r}:
-    sys.argv = ["train.py", *flags, "--baseline", baseline, "--log-dir", os.path.join({out!r}, baseline)]
+    open(os.path.join({out!r}, name + os.environ["RANK"]), "w").write(digest)
+def poisoned(actor, batch, rows, divisor):
+    count.append(1)
+    if name in ("nan", "inf") and len(count) == 2 and os.environ["RANK"] == "1":
+        batch.advantage[3] = float(name)
+    return backward(actor, batch, rows, divisor)
+train.train, train.backward = watched, poisoned
+for name, extra in cases.items():
+    count = []
+    sys.argv = ["train.py", *flags, *extra, "--log-dir", os.path.join({out!r}, name)]
     try:
         train.main()
     except SystemExit as done:
-        assert done.code == 0
+        assert done.code == (1 if name in ("nan", "inf") else 0), (name, done.code)
 leave()
 """
+CASES = {
+    **{baseline: ["--baseline", baseline, "--max-steps", "2"] for baseline in BASELINES},
+    "uneven": ["--num-rollout-samples", "5", "--baseline", "remax", "--micro-batch-size", "1", "--max-steps", "1"],
+    "no rows": ["--global-batch-size", "2", "--lr", "1e-5", "--max-steps", "1"],
+    **{value: ["--num-rollout-samples", "7", "--save-interval", "1", "--max-steps", "3"] for value in ("nan", "inf")},
+}
 
 
-def test_two_ranks_end_with_bitwise_equal_parameters_for_every_baseline(small, flags, tmp_path):
-    (tmp_path / "probe.py").write_text(PROBE.format(root=str(ROOT), out=str(tmp_path), baselines=BASELINES))
-    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "probe.py", *flags,
-                 "--max-steps", 2, OMP_NUM_THREADS=1)  # fmt: skip
+@pytest.fixture(scope="module")
+def two_ranks(small, server_port, tmp_path_factory):
+    """Every case on two ranks, one after the other in one process group: the folder of the runs, what was said, the flags."""
+    place = tmp_path_factory.mktemp("ranks")
+    (place / "probe.py").write_text(PROBE.format(root=str(ROOT), out=str(place)))
+    flags = small_flags(small, server_port)
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, place / "probe.py", json.dumps(CASES), *flags,
+                 OMP_NUM_THREADS=1)  # fmt: skip
     assert out.returncode == 0, out.stdout
+    return place, out.stdout, flags
+
+
+def test_two_ranks_end_with_bitwise_equal_parameters_for_every_baseline(small, two_ranks):
+    place, _, _ = two_ranks
     before, ends = load_file(small / "policy/model.safetensors"), set()
     for baseline in BASELINES:
-        first, second = ((tmp_path / f"{baseline}{r}").read_text() for r in (0, 1))
+        first, second = ((place / f"{baseline}{r}").read_text() for r in (0, 1))
         assert first == second
         ends.add(first)
-        after = last_weights(tmp_path / baseline)
+        after = last_weights(place / baseline)
         assert any(not torch.equal(before[name], after[name]) for name in after)
     assert len(ends) == len(BASELINES)
 
 
-def test_one_rank_and_two_ranks_take_the_same_first_step(flags, tmp_path):
-    """Rollouts, rewards, advantages and the gradient before clipping do not depend on the number of ranks."""
-    lines = {}
-    flags = [*flags, "--num-rollout-samples", "5"]  # which two ranks cannot halve
-    flags = [*flags, "--baseline", "remax", "--micro-batch-size", "1"]  # six passes on one rank, four on the other
-    for ranks in (1, 2):
-        run = train_here if ranks == 1 else functools.partial(torchrun, 2)
-        out = run(*flags, "--max-steps", "1", "--log-dir", tmp_path / str(ranks))
-        assert out.returncode == 0, out.stdout
-        lines[ranks] = metrics(tmp_path / str(ranks))[0]
-    rollouts = [[json.loads(x) for x in (tmp_path / n / "rollouts.jsonl").read_text().splitlines()] for n in "12"]
+def test_one_rank_and_two_ranks_take_the_same_first_step(two_ranks, tmp_path):
+    """Rollouts, rewards, advantages and the gradient before clipping do not depend on the number of ranks.
+
+    Five prompts, which two ranks cannot halve, and micro-batches of one row: six passes on one rank, four on the other.
+    """
+    place, _, flags = two_ranks
+    assert train_here(*flags, *CASES["uneven"], "--log-dir", tmp_path / "one").returncode == 0
+    lines = [metrics(run)[0] for run in (tmp_path / "one", place / "uneven")]
+    rollouts = [rows_of(run) for run in (tmp_path / "one", place / "uneven")]
     assert [r["response"] for r in rollouts[0]] == [r["response"] for r in rollouts[1]]
     assert [r["index"] for r in rollouts[0]] == [r["index"] for r in rollouts[1]]
     for a, b in zip(*rollouts, strict=True):
         assert a["advantage"] == pytest.approx(b["advantage"], abs=1e-5)
     for key in ("reward", "kl", "entropy", "loss", "response_length", "val_reward"):
-        assert lines[1][key] == pytest.approx(lines[2][key], abs=2e-5), key
-    assert lines[2]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=1e-4)
+        assert lines[0][key] == pytest.approx(lines[1][key], abs=2e-5), key
+    assert lines[1]["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_step(two_ranks, value):
+    """An advantage of rank 1 is poisoned in the second step: its second prompt's second response."""
+    place, said, _ = two_ranks
+    run = place / value
+    reason = json.loads((run / "exit.json").read_text())
+    assert reason["code"] == 1 and "in step 2: no update was made" in reason["reason"] and "nonfinite.jsonl" in reason["reason"]
+    assert said.count("in step 2: no update was made") == 4, "each rank in each of the two cases"
+    (row,) = [json.loads(line) for line in (run / "nonfinite.jsonl").read_text().splitlines()]
+    prompts = step_prompts(18, 7, 0, 1)
+    assert (row["step"], row["index"], row["k"]) == (2, prompts[3], 1)
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-000001"] and len(metrics(run)) == 1
 
 
 def test_the_same_command_gives_the_same_run_and_another_seed_another(flags, tmp_path):
@@ -249,17 +282,14 @@ def test_several_optimizer_steps_per_rollout_start_from_the_same_rollout_and_cli
     )
 
 
-def test_a_rank_without_rows_takes_part_in_every_optimizer_step(flags, tmp_path):
+def test_a_rank_without_rows_takes_part_in_every_optimizer_step(two_ranks, tmp_path):
     """One prompt an optimizer step: one of two ranks has nothing, six times; the gradients are those of one rank."""
-    lines = {}
-    for ranks in (1, 2):
-        run = train_here if ranks == 1 else functools.partial(torchrun, 2)
-        out = run(*flags, "--global-batch-size", "2", "--lr", "1e-5", "--max-steps", "1", "--log-dir", tmp_path / str(ranks))
-        assert out.returncode == 0, out.stdout
-        lines[ranks] = metrics(tmp_path / str(ranks))[0]
-    assert lines[2]["optimizer_steps"] == 6
+    place, _, flags = two_ranks
+    assert train_here(*flags, *CASES["no rows"], "--log-dir", tmp_path / "one").returncode == 0
+    one, two = metrics(tmp_path / "one")[0], metrics(place / "no rows")[0]
+    assert two["optimizer_steps"] == 6
     for key in ("grad_norm", "loss", "reward", "kl"):
-        assert lines[2][key] == pytest.approx(lines[1][key], rel=1e-3, abs=2e-5), key
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
 
 
 def test_dropped_responses_leave_the_baseline_the_loss_and_its_divisor(flags, tmp_path):
@@ -349,18 +379,3 @@ def test_responses_of_length_one_and_responses_without_an_end_are_trained_on(sma
         assert out.returncode == 0, out.stdout
         line = metrics(tmp_path / limit)[0]
         assert line["grad_norm"] > 0 and line["finished"] < 0.5 and line["response_length"] <= int(limit)
-
-
-def test_a_signal_finishes_the_step_saves_and_exits_with_75(flags, tmp_path):
-    run = tmp_path / "run"
-    trainer = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--max-epochs", "500", "--log-dir", str(run)],
-                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    end = time.monotonic() + 90
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
-        assert time.monotonic() < end and trainer.poll() is None
-        time.sleep(0.1)
-    trainer.send_signal(signal.SIGTERM)
-    assert trainer.wait(60) == 75
-    done = len(metrics(run))
-    assert json.loads((run / "exit.json").read_text())["code"] == 75
-    assert json.loads((run / f"checkpoints/step-{done:06d}/state.json").read_text())["step"] == done

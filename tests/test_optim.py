@@ -12,7 +12,7 @@ from reinforce.optim import adamw, clip, learning_rate
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.floats(1e-6, 1.0), st.floats(0.0, 1.0))
 def test_schedule_warms_up_falls_and_ends_at_the_minimum(total, warmup, constant, lr, share):
     rates = [learning_rate(s, total, lr, share * lr, warmup, constant) for s in range(total)]
-    assert all(0 < r <= lr * (1 + 1e-12) or (share == 0 and r >= 0) for r in rates)
+    assert all(0 < r <= lr * (1 + 1e-12) or (share * lr == 0 and r >= 0) for r in rates)
     rising = rates[: min(warmup, total)]
     assert rising == sorted(rising)
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)

@@ -12,7 +12,11 @@ from conftest import ROOT, environment
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SLOW = ("python3 -m venv", "./launch.sh smollm2", "./launch.sh --initial", "./launch.sh compare")
-COVERED = ("torchrun --nproc", "toy=$(python recipes/toy.py)\n./launch.sh run")  # other tests run their like; these words: -m slow
+COVERED = (
+    "torchrun --nproc",
+    "torchrun train.py --log-dir",
+    "toy=$(python recipes/toy.py)\n./launch.sh run",
+)  # other tests run their like; these words: -m slow
 ELSEWHERE = ("./launch.sh hh",)  # its data is not ours: test_recipes.py runs it on pairs of its own
 TESTS = ".venv/bin/python -m pytest\n"  # this very run; .ci/run calls it by that name
 
@@ -122,6 +126,26 @@ def test_every_flag_in_the_readme_and_in_launch_exists():
 
     configs = (TrainConfig, ServeConfig, sft.Config, train_rm.Config, evaluate.Config, compare.Config, chat.Config)
     known = {"--" + f.name.replace("_", "-") for c in configs for f in dataclasses.fields(c)} | {"--size", "--base", "--model-only"}
+    known |= {
+        "--job-name",
+        "--output",
+        "--open-mode",
+        "--requeue",
+        "--signal",
+        "--nodes",
+        "--ntasks",
+        "--ntasks-per-node",
+        "--het-group",
+        "--kill-on-bad-exit",
+        "--mpi",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-id",
+        "--rdzv-endpoint",
+        "--gpus-per-node",
+        "--partition",
+    }
+    known |= {"--kills", "--ranks", "--exact", "--container-image", "--container-mounts"}
     known |= {"--help", "--nproc-per-node", "--standalone", "--shutdown-timeout", "--signals-to-handle", "--judge"}
     for name in ("README.md", "launch.sh"):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))

@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, environment, metrics, tiny_llama, train_here
-from test_server import serving
 
 from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
 from recipes.fit import Plan
@@ -55,10 +54,9 @@ def pairs(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def server(small, tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("rm"), "--reward-model", small / "reward_model") as (_, port, _p):
-        yield port
+@pytest.fixture
+def server(server_port):
+    return server_port
 
 
 def random_examples(n=12):

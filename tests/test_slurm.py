@@ -1,0 +1,169 @@
+"""launch.sh as a Slurm hetjob, with stand-ins for sbatch, srun and scontrol that really start both jobs."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, metrics
+
+from reinforce import checkpoint
+
+SBATCH = """#!/usr/bin/env bash
+# sbatch OPTIONS : OPTIONS SCRIPT WORDS: runs a copy of the script, as Slurm does, with a hetjob's variables
+while [ "${1##*/}" != launch.sh ]; do shift; done
+mkdir -p "$STANDIN/spool"; cp "$1" "$STANDIN/spool/slurm_script"; shift
+export SLURM_JOB_ID=4242 SLURM_SUBMIT_DIR="$PWD" SLURM_HET_SIZE=2 SLURM_CPUS_ON_NODE=2
+export SLURM_JOB_NODELIST_HET_GROUP_0=rm1 SLURM_JOB_NODELIST_HET_GROUP_1="$ACTOR_NODES"
+exec bash "$STANDIN/spool/slurm_script" "$@"
+"""
+SRUN = """#!/usr/bin/env bash
+# srun OPTIONS PROGRAM WORDS: one process a node; signals go to all of them; the largest code is its own
+echo "$@" >>"$STANDIN/srun"
+nodes=1
+while [ "${1#-}" != "$1" ]; do
+  case "$1" in --nodes=*) nodes="${1#*=}" ;; esac
+  shift
+done
+tasks=()
+for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & tasks+=("$!"); done
+trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -USR1 "${tasks[@]}"' USR1
+code=0
+for task in "${tasks[@]}"; do
+  while kill -0 "$task" 2>/dev/null; do wait "$task"; one=$?; done
+  [ "${one:-0}" -le "$code" ] || code=$one
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2" in
+  "show hostnames") for ((i = 0; i < ${3##*[!0-9]}; i++)); do echo localhost; done ;;  # rm1: one host, actor2: two
+  *) echo "$@" >>"$STANDIN/scontrol" ;;
+esac
+"""
+
+
+@pytest.fixture
+def sbatch(small, tmp_path):
+    """Submit launch.sh in the repository's folder; returns the batch job's process."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    jobs = []
+
+    def submit(*words, nodes=1):
+        env = environment(STANDIN=tmp_path, ACTOR_NODES=f"actor{nodes}", NPROC=1, SRUN_ARGS="--mpi=none --container-image=x", VIRTUAL_ENV=sys.prefix,
+                          PATH=f"{tmp_path}/bin:{sys.prefix}/bin:{os.environ['PATH']}")  # fmt: skip
+        command = ["sbatch", "--gpus-per-node=1", ":", f"--nodes={nodes}", "launch.sh", "run", "--reward-model", str(small / "reward_model"), "--",
+                   "--policy", str(small / "policy"), "--train-data", str(small / "train.jsonl"), "--num-rollout-samples", "6",
+                   "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8", "--save-interval", "1", "--log-dir", str(tmp_path / "run"),
+                   *map(str, words)]  # fmt: skip
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
+        )
+        jobs.append(job)
+        return job
+
+    yield submit
+    for job in jobs:
+        job.kill()
+
+
+def after_steps(run, count, job):
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < count:
+        assert time.monotonic() < end and job.poll() is None, job.communicate()[0]
+        time.sleep(0.1)
+
+
+def running(folder):
+    """Command lines of processes that work in this test's folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if any(str(folder) in word for word in words) and any("python" in word for word in words[:1]):
+            found.append(" ".join(words))
+    return found
+
+
+def test_a_job_whose_time_runs_out_saves_is_requeued_and_goes_on(sbatch, tmp_path):
+    """Two actor nodes; Slurm's USR1 comes to the batch script; then the same job again, on one node, to its end."""
+    run = tmp_path / "run"
+    job = sbatch("--max-epochs", 900, nodes=2)
+    after_steps(run, 2, job)
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=120)
+    done = len(metrics(run))
+    assert job.returncode == 75 and f"requeued, to go on from step-{done:06d}" in out, out
+    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n" and not running(tmp_path)
+
+    server, actor = (tmp_path / "srun").read_text().splitlines()[:2]
+    assert server.startswith("--het-group=0 --nodes=1 --ntasks=1 --mpi=none --container-image=x") and "--host 0.0.0.0" in server
+    assert actor.startswith("--het-group=1 --nodes=2 --ntasks-per-node=1") and "--mpi=none --container-image=x" in actor
+    assert "--rdzv-endpoint localhost:24242" in actor and "--nnodes 2" in actor and "--rm-host localhost" in actor
+    token = run / "rm_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and re.fullmatch(r"[0-9a-f]{64}", token.read_text())
+    everything = (
+        out + server + actor + "".join(p.read_text() for p in run.iterdir() if p.is_file() and p != token and p.suffix != ".png")
+    )
+    assert token.read_text() not in everything
+    assert json.loads((run / "config.json").read_text())["rm_host"] == "localhost" and "2 ranks" in out
+
+    job = sbatch("--max-epochs", 900, "--max-steps", done + 2)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and f"going on after step {done}" in out, out
+    assert [line["step"] for line in metrics(run)] == list(range(1, done + 3)) and not running(tmp_path)
+    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n", "a job that is done is not requeued"
+
+
+def test_a_server_that_dies_ends_the_actor_and_its_code_is_the_jobs(sbatch, tmp_path):
+    run = tmp_path / "run"
+    job = sbatch("--max-epochs", 900)
+    after_steps(run, 1, job)
+    (pid,) = [p for p in os.listdir("/proc") if p.isdigit() and is_server(p, tmp_path)]
+    os.kill(int(pid), signal.SIGKILL)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 137 and "the reward server ended first, with code 137" in out, out
+    assert not running(tmp_path) and not (tmp_path / "scontrol").exists()
+    assert checkpoint.newest(run) is not None
+
+
+def is_server(pid, folder):
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return "python" in words[0] and any(w.endswith("serve_rm.py") for w in words) and any(str(folder) in w for w in words)
+
+
+def test_a_job_without_a_new_checkpoint_is_not_requeued(sbatch, tmp_path):
+    """The signal comes before the first step: there is nothing to go on from, and a requeue would end the same way for ever."""
+    job = sbatch("--max-epochs", 900)
+    end = time.monotonic() + 60
+    while not (tmp_path / "srun").exists() or len((tmp_path / "srun").read_text().splitlines()) < 2:
+        assert time.monotonic() < end and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 75 and "not requeued" in out, out
+    assert not (tmp_path / "scontrol").exists() and not running(tmp_path)
+
+
+def test_the_defects_of_the_tutorials_scripts_have_no_counterpart():
+    text = (ROOT / "launch.sh").read_text()
+    assert "set -euo pipefail" in text, "no undefined variable"
+    assert not re.search(r"sleep [1-9]", text), "readiness is asked for, not slept for"
+    assert not re.search(r"^\s*wait\s*$", text, re.MULTILINE), "no wait without a process"
+    assert "#SBATCH --signal=B:USR1@300" in text and "#SBATCH hetjob" in text and "--requeue" in text
+    assert not re.search(r">\s*-e|-o -e", text), "no log file named -e"
