@@ -207,7 +207,7 @@ class Tally:
 def main() -> None:
     """Serve the toy's reward, kill, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="at random instants")
+    parser.add_argument("--kills", type=int, nargs="+", default=[200], help="at random instants, for each of --ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes of a run, of which one is killed")
     parser.add_argument("--exact", action="store_true", help="at each fsync and rename instead")
     parser.add_argument("--stride", type=int, default=1, help="with --exact: only every so many-th of them")
@@ -215,16 +215,16 @@ def main() -> None:
     args = parser.parse_args()
     wrong = False
     with lifecycle.toy_server(batch=1) as address:
-        for ranks in args.ranks:
+        for ranks, kills in zip(args.ranks, args.kills * len(args.ranks), strict=False):
             with tempfile.TemporaryDirectory() as place:
                 tally = Tally(Path(place), address, ranks)
                 start = time.monotonic()
-                for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, args.kills))]:
+                for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, kills))]:
                     tally.undisturbed(baseline)
                 if args.exact:
                     tally.exact_kills(BASELINES[0], args.stride)
                 else:
-                    tally.random_kills(args.kills, random.Random(args.seed))
+                    tally.random_kills(kills, random.Random(args.seed))
             told = {"kills": tally.kills, "before the first checkpoint": tally.early, "runs": tally.runs, "lost": tally.lost,
                     "wrong": tally.wrong, "ranks that outlived another by more than a minute": tally.orphans, "ranks": ranks,
                     "seconds": round(time.monotonic() - start)}  # fmt: skip

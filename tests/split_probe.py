@@ -99,9 +99,7 @@ def measure(name, flags, policy, tokenizer):
     return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls)}
 
 
-def main():
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def main(folder):
     tokenizer = toy.make_tokenizer()
     found = {name: measure(name, flags, str(folder / "policy"), tokenizer) for name, flags in VARIANTS.items()}
     if distributed.rank() == 0:
@@ -110,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

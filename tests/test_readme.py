@@ -15,7 +15,7 @@ SLOW = ("python3 -m venv", "./launch.sh smollm2", "./launch.sh --initial", "./la
 COVERED = (
     "torchrun --nproc",
     "torchrun train.py --log-dir",
-    "toy=$(python recipes/toy.py)\n./launch.sh run",
+    "toy=$(python",
 )  # other tests run their like; these words: -m slow
 ELSEWHERE = ("./launch.sh hh",)  # its data is not ours: test_recipes.py runs it on pairs of its own
 TESTS = ".venv/bin/python -m pytest\n"  # this very run; .ci/run calls it by that name

@@ -245,6 +245,7 @@ def test_gradient_noise_equals_a_loop_over_prompts(small, server):
         assert got[name] == (pytest.approx((trace / 6).item() / signal, rel=1e-3) if signal > 0 else None)
 
 
+@pytest.mark.slow
 def test_compare_reads_every_run_at_the_same_number_of_tokens(small, server, tmp_path):
     words = [
         "--baselines",
@@ -316,6 +317,7 @@ def test_chat_replies_to_each_line_and_remembers_the_conversation(small, tmp_pat
     assert [m["role"] for m in seen[1][0]["messages"]] == ["user", "assistant", "user"]
 
 
+@pytest.mark.slow
 def test_launch_hh_runs_from_pairs_to_report_with_any_base(small, pairs, tmp_path):
     folder = tmp_path / "clone"
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -66,11 +66,11 @@ def test_a_run_in_two_parts_is_the_run_in_one_at_every_step(six, cut, tmp_path):
 
 
 def test_killed_runs_end_as_undisturbed_ones():
-    """Real SIGKILLs at random instants: one run each of rloo, ema and remax, and the same with two ranks, of which one is killed."""
-    out = script("bench/kills.py", "--kills", 3, "--ranks", 1, 2)
+    """Real SIGKILLs at random instants: runs of rloo, ema and remax; one with two ranks, of which one is killed (-m slow: of each)."""
+    out = script("bench/kills.py", "--kills", 3, 1, "--ranks", 1, 2)
     assert out.returncode == 0, out.stdout
     for line, ranks in zip([json.loads(x) for x in out.stdout.splitlines() if x.startswith("{")], (1, 2), strict=True):
-        assert line["kills"] >= 3 and line["lost"] == line["wrong"] == 0 and line["ranks"] == ranks
+        assert line["kills"] >= (3 if ranks == 1 else 1) and line["lost"] == line["wrong"] == 0 and line["ranks"] == ranks
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_a_small_request_is_answered_in_milliseconds(function_server):
     assert sorted(times)[len(times) // 2] < 0.03
 
 
-def test_one_poisoned_text_spoils_its_own_request_only_and_errors_leak_nothing(tmp_path):
+def test_one_poisoned_text_spoils_its_own_request_only_and_errors_leak_nothing(function_server, tmp_path):
     (tmp_path / "rewards.py").write_text(FUNCTION)
     with serving(tmp_path, "--reward-fn", f"{tmp_path}/rewards.py:echo") as (host, port, _), \
             concurrent.futures.ThreadPoolExecutor(8) as pool:  # fmt: skip
@@ -198,9 +198,8 @@ def test_one_poisoned_text_spoils_its_own_request_only_and_errors_leak_nothing(t
         replies = list(pool.map(lambda t: call((host, port), "POST", "/get_reward", {"query": [t]}), texts))
     for text, (status, reply) in zip(texts, replies, strict=True):
         assert (status, reply.get("error")) == ((200, None) if text == "fine" else (500, "non_finite"))
-    with serving(tmp_path, "--reward-fn", f"{tmp_path}/rewards.py:length") as (host, port, _):
-        status, reply = call((host, port), "POST", "/get_reward", {"query": ["a"], "labels": [{"not": "a number"}]})
-        assert status == 500 and "dict" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
+    status, reply = call(function_server, "POST", "/get_reward", {"query": ["a"], "labels": [{"not": "a number"}]})
+    assert status == 500 and "dict" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
 
 
 def test_a_token_guards_every_route_but_health(tmp_path, small):

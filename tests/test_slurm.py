@@ -97,8 +97,8 @@ def running(folder):
     return found
 
 
-def test_a_job_whose_time_runs_out_saves_is_requeued_and_goes_on(sbatch, tmp_path):
-    """Two actor nodes; Slurm's USR1 comes to the batch script; then the same job again, on one node, to its end."""
+def test_a_job_whose_time_runs_out_goes_on_when_requeued_and_ends_with_its_server(sbatch, tmp_path):
+    """Two actor nodes; Slurm's USR1 comes to the batch script; then the same job again, on one node, until its server dies."""
     run = tmp_path / "run"
     job = sbatch("--max-epochs", 900, nodes=2)
     after_steps(run, 2, job)
@@ -120,23 +120,17 @@ def test_a_job_whose_time_runs_out_saves_is_requeued_and_goes_on(sbatch, tmp_pat
     assert token.read_text() not in everything
     assert json.loads((run / "config.json").read_text())["rm_host"] == "localhost" and "2 ranks" in out
 
-    job = sbatch("--max-epochs", 900, "--max-steps", done + 2)
-    out, _ = job.communicate(timeout=120)
-    assert job.returncode == 0 and f"going on after step {done}" in out, out
-    assert [line["step"] for line in metrics(run)] == list(range(1, done + 3)) and not running(tmp_path)
-    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n", "a job that is done is not requeued"
-
-
-def test_a_server_that_dies_ends_the_actor_and_its_code_is_the_jobs(sbatch, tmp_path):
-    run = tmp_path / "run"
     job = sbatch("--max-epochs", 900)
-    after_steps(run, 1, job)
+    after_steps(run, done + 1, job)
     (pid,) = [p for p in os.listdir("/proc") if p.isdigit() and is_server(p, tmp_path)]
     os.kill(int(pid), signal.SIGKILL)
     out, _ = job.communicate(timeout=120)
-    assert job.returncode == 137 and "the reward server ended first, with code 137" in out, out
-    assert not running(tmp_path) and not (tmp_path / "scontrol").exists()
-    assert checkpoint.newest(run) is not None
+    assert (
+        f"going on after step {done}" in out and job.returncode == 137 and "the reward server ended first, with code 137" in out
+    ), out
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == list(range(1, len(steps) + 1)) and checkpoint.newest(run).name == f"step-{len(steps):06d}"
+    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n", "this code is no reason to" and not running(tmp_path)
 
 
 def is_server(pid, folder):
