@@ -5,7 +5,7 @@
     python bench/kills.py --exact                      before and after each fsync and each rename of one checkpoint
 
 A run is right if every parameter, AdamW's averages, and every line of its logs but for times are bitwise those of the undisturbed
-one, and lost if the same command does not bring it to its end. Each life is a fork of this process, so that it need not import
+one, and lost if the same command does not bring it to its end, or does not go on from the newest checkpoint. Each life is a fork of this process, so that it need not import
 PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with a checkpoint after every step.
 """
 
@@ -32,7 +32,7 @@ import matplotlib.pyplot  # noqa: F401  a life draws its curves at the end; and 
 
 import train
 from recipes import toy
-from reinforce import lifecycle
+from reinforce import checkpoint, lifecycle
 
 STEPS = 6
 BASELINES = ("rloo", "ema", "remax")
@@ -77,7 +77,7 @@ def deadly(at: int, after: bool) -> None:
 
 
 def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: None) -> list[int]:
-    """Fork the processes of one life; their pids. Output goes to life.log beside the run folder."""
+    """Fork the processes of one life; their pids. Output goes to a log beside the run folder."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -87,7 +87,7 @@ def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: Non
         if pid:
             pids.append(pid)
             continue
-        log = os.open(Path(words[-1]).parent / "life.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(f"{words[-1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -149,16 +149,19 @@ class Tally:
         start = time.monotonic()
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes):
-            sys.exit(f"the undisturbed run ended with {codes}: {(self.place / 'life.log').read_text()[-2000:]}")
+            sys.exit(f"the undisturbed run ended with {codes}: {Path(f'{run}.log').read_text()[-2000:]}")
         self.seconds, self.right[baseline] = time.monotonic() - start, digest(run)
 
     def finish(self, run: Path, baseline: str) -> None:
         """Let a run go on to its end, and judge it."""
         self.runs += 1
+        log, newest = Path(f"{run}.log"), checkpoint.newest(run)
+        log.unlink(missing_ok=True)
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
-        if any(codes):
+        expected = "" if newest is None else f"going on after step {checkpoint.state(newest)['step']} of"
+        if any(codes) or expected not in log.read_text():
             self.lost += 1
-            print(f"lost: {run.name} ended with {codes}: {(self.place / 'life.log').read_text()[-1500:]}", flush=True)
+            print(f"lost: {run.name} ended with {codes}: {log.read_text()[-1500:]}", flush=True)
         elif digest(run) != self.right[baseline]:
             self.wrong += 1
             print(f"wrong: {run.name}", flush=True)

@@ -111,14 +111,17 @@ def script(*words, timeout=240, cwd=None, **extra):
 
 
 def train_here(*words, **extra):
-    """train.py in this process, which spares the seconds that a new one takes to import; the same fields as `script`."""
+    """train.py in this process, which spares the seconds that a new one takes to import; the same fields as `script`.
+
+    Curves are left out, most of a short run's time; runs in processes of their own draw them.
+    """
     import train
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     text = io.StringIO()
     code = 0
     with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["train.py", *map(str, words)]),
-          mock.patch.dict(os.environ, {k: str(v) for k, v in extra.items()})):  # fmt: skip
+          mock.patch.dict(os.environ, {k: str(v) for k, v in extra.items()}), mock.patch("reinforce.metrics.draw_curves")):  # fmt: skip
         try:
             train.main()
         except SystemExit as done:

@@ -25,6 +25,7 @@ from reinforce.actor import set_up
 from reinforce.config import TrainConfig, parse
 from reinforce.experience import judge, rollout
 from reinforce.loss import reinforce_loss
+from reinforce.metrics import draw_curves
 from reinforce.policy import load_policy
 from reinforce.reward_model import load_reward_model
 
@@ -190,6 +191,7 @@ def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(
     run = tmp_path / "run"
     words = [*data_flags(small, server), *SIZES, "--val-data", small / "train.jsonl", "--log-dir", run, "--lr", "0.01"]
     assert train_here(*words).returncode == 0
+    draw_curves(run)
     address = ["--run", run, "--rm-host", "127.0.0.1", "--rm-port", server]
     code, out = recipe(evaluate, *address, "--policy", small / "policy")
     assert code == 0, out
