@@ -5,8 +5,9 @@
     python bench/kills.py --exact                      before and after each fsync and each rename of one checkpoint
 
 A run is right if every parameter, AdamW's averages, and every line of its logs but for times are bitwise those of the undisturbed
-one, and lost if the same command does not bring it to its end, or does not go on from the newest checkpoint. Each life is a fork of this process, so that it need not import
-PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with a checkpoint after every step.
+one, and lost if the same command does not bring it to its end, or does not go on from the newest checkpoint. Each life is a fork
+of this process, so that it need not import PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with
+a checkpoint after every step.
 """
 
 import argparse
@@ -157,8 +158,8 @@ class Tally:
         self.runs += 1
         log, newest = Path(f"{run}.log"), checkpoint.newest(run)
         log.unlink(missing_ok=True)
-        codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         expected = "" if newest is None else f"going on after step {checkpoint.state(newest)['step']} of"
+        codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes) or expected not in log.read_text():
             self.lost += 1
             print(f"lost: {run.name} ended with {codes}: {log.read_text()[-1500:]}", flush=True)
