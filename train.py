@@ -241,19 +241,21 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     given = lifecycle.log_dir_of(sys.argv)
-    if given is not None and distributed.rank() == 0 and not lifecycle.holds_run(given):
-        (given / "exit.json").unlink(missing_ok=True)
-    folders = [given]
+    folders: list[Path | None] = [given if distributed.rank() else None]
 
     def body() -> None:
         stop = lifecycle.Stop()
         with ExitStack() as stack:
+            if given is not None and distributed.rank() == 0:
+                stack.enter_context(lifecycle.claimed(given))
+                folders[:] = [given]
             config = parse(TrainConfig, __doc__)
             stop.limit = None if config.max_time_per_run is None else seconds(config.max_time_per_run)
             inputs = check(config, stack)
             inputs.client.stopped = lambda: stop.reason is not None
-            folders[:] = [open_run_folder(inputs)]
-            train(load(inputs), inputs, cast(Path, folders[0]), stop)
+            run = open_run_folder(inputs)
+            folders[:] = [run]
+            train(load(inputs), inputs, run, stop)
 
     sys.exit(lifecycle.run(body, lambda: folders[0]))
 

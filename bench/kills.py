@@ -37,7 +37,7 @@ from reinforce import checkpoint, lifecycle
 
 STEPS = 6
 BASELINES = ("rloo", "ema", "remax")
-BOUND = 60.0  # seconds that a rank may outlive another one that was killed
+BOUND = 60.0  # seconds that a rank may outlive another one that was killed, of which it is told as by torchrun
 
 
 def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> list[str]:
@@ -107,18 +107,25 @@ def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: Non
 
 
 def buried(pids: list[int], patience: float) -> list[int]:
-    """Wait for all of them; their exit codes, -9 for a killed one. One that outlives `patience` is killed and has code -1."""
-    codes, end = {}, time.monotonic() + patience
+    """Wait for all of them; their exit codes, -9 for a killed one.
+
+    As torchrun does, the others get SIGTERM when one has failed; one that outlives `patience` is killed and has code -1.
+    """
+    codes, end, told = dict[int, int](), time.monotonic() + patience, False
     while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > end:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    codes[pid] = -1
+        left = [pid for pid in pids if pid not in codes]
+        if any(codes.values()) and not told:
+            told = True
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        for pid in left:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                codes[pid] = -1
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
 

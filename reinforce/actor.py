@@ -190,7 +190,6 @@ def open_run_folder(inputs: Inputs) -> Path:
         )  # fmt: skip
         folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
         resume.admit(folder, own)
-        (folder / "exit.json").unlink(missing_ok=True)
         checkpoint.sweep(folder)
         resume.cut_back(folder, inputs.start.step)
         facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -10,6 +10,7 @@ and pipeline parallelism, and shards that are read from the disk one by one: a r
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -46,8 +47,22 @@ def start(device: torch.device, alone: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world_size() == 1:
         dist.init_process_group(backend, store=cast(Any, dist).HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    raised: list[Exception] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except Exception as error:
+            raised.append(error)
+
+    # in a thread, since it waits in C++ for ranks that may have died, and there no signal reaches Python
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
 
 
 def stop() -> None:

@@ -5,6 +5,7 @@ torchrun turns every code but 0 into 1, so the code and its reason are also in <
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -57,6 +58,30 @@ class Stop:
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in this folder."""
     return (folder / "metrics.jsonl").exists()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run folder, so that the same command given twice does not write there twice; exit.json of the last one is removed.
+
+    Raises ConfigError if another process holds it, or nobody can write there. The lock ends with this block, or with this process,
+    however it ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"--log-dir {folder}: cannot be written to ({error})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--log-dir {folder}: a run is going on there right now; wait for its end or give another") from None
+        except OSError:  # a file system without locks
+            pass
+        if not holds_run(folder) or (folder / "identity.json").exists():
+            (folder / "exit.json").unlink(missing_ok=True)
+        yield
 
 
 def new_run_folder(log_dir: str | None, name: str) -> Path:
@@ -118,7 +143,7 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
     if place is not None and (code or distributed.rank() == 0):
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
-            with (place / "exit.json").open("x") as file:  # the first rank that fails knows why
+            with (place / "exit.json").open("x" if code else "w") as file:  # the first rank that fails knows why
                 json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
     distributed.stop()
     return code

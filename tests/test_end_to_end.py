@@ -134,7 +134,9 @@ PROBE = """
 import hashlib, json, os, sys
 sys.path.insert(0, {root!r})
 import train
-keep, backward, leave = train.train, train.backward, train.distributed.stop
+from reinforce.errors import RetryError
+from reinforce.rm_client import RewardClient
+keep, backward, leave, ask = train.train, train.backward, train.distributed.stop, RewardClient.rewards
 flags, cases = sys.argv[2:], json.loads(sys.argv[1])
 train.distributed.stop = lambda: None  # one process group for all runs
 def watched(actor, *rest):
@@ -146,20 +148,26 @@ def poisoned(actor, batch, rows, divisor):
     if name in ("nan", "inf") and len(count) == 2 and os.environ["RANK"] == "1":
         batch.advantage[3] = float(name)
     return backward(actor, batch, rows, divisor)
-train.train, train.backward = watched, poisoned
+def unlucky(self, **request):
+    asked.append(1)
+    if name == "server gone" and len(asked) == 3 and os.environ["RANK"] == "1":
+        raise RetryError("no answer")
+    return ask(self, **request)
+train.train, train.backward, RewardClient.rewards = watched, poisoned, unlucky
 for name, extra in cases.items():
-    count = []
+    count, asked = [], []
     sys.argv = ["train.py", *flags, *extra, "--log-dir", os.path.join({out!r}, name)]
     try:
         train.main()
     except SystemExit as done:
-        assert done.code == (1 if name in ("nan", "inf") else 0), (name, done.code)
+        assert done.code == {{"nan": 1, "inf": 1, "server gone": 75}}.get(name, 0), (name, done.code)
 leave()
 """
 CASES = {
     **{baseline: ["--baseline", baseline, "--max-steps", "2"] for baseline in BASELINES},
     "uneven": ["--num-rollout-samples", "5", "--baseline", "remax", "--micro-batch-size", "1", "--max-steps", "1"],
     "no rows": ["--global-batch-size", "2", "--lr", "1e-5", "--max-steps", "1"],
+    "server gone": ["--max-steps", "3"],
     **{value: ["--num-rollout-samples", "7", "--save-interval", "1", "--max-steps", "3"] for value in ("nan", "inf")},
 }
 
@@ -220,6 +228,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_step(tw
     assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-000001"] and len(metrics(run)) == 1
 
 
+def test_a_rank_whose_server_is_gone_takes_the_other_along_and_the_finished_step_is_saved(two_ranks):
+    place, said, _ = two_ranks
+    run = place / "server gone"
+    assert json.loads((run / "exit.json").read_text()) == {"code": 75, "reason": "no answer"} and said.count("no answer") == 2
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-000001"] and len(metrics(run)) == 1
+
+
 def test_the_same_command_gives_the_same_run_and_another_seed_another(flags, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         out = train_here(*flags, "--max-steps", "2", "--seed", seed, "--log-dir", tmp_path / name)
@@ -230,6 +245,21 @@ def test_the_same_command_gives_the_same_run_and_another_seed_another(flags, tmp
     assert all(
         torch.equal(x, y) for x, y in zip(weights(tmp_path / "a", 2).values(), weights(tmp_path / "b", 2).values(), strict=True)
     )
+
+
+def test_deterministic_allows_no_other_algorithms_and_changes_nothing_on_a_cpu(flags, tmp_path):
+    try:
+        for name, extra in (("a", []), ("b", ["--deterministic"])):
+            assert not torch.are_deterministic_algorithms_enabled()
+            out = train_here(*flags, *extra, "--max-steps", "1", "--log-dir", tmp_path / name)
+            assert out.returncode == 0, out.stdout
+        assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 0]]]), 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (last_weights(tmp_path / n) for n in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_micro_batches_change_nothing_but_memory(flags, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from safetensors.torch import load_file
 
-from reinforce import checkpoint, resume
+from reinforce import checkpoint, lifecycle, resume
 from reinforce.config import TrainConfig
 from reinforce.errors import ConfigError, RetryError
 
@@ -178,11 +178,12 @@ def test_resume_must_and_never_do_what_they_say(six, tmp_path):
 ])  # fmt: skip
 def test_another_configuration_is_refused_with_the_difference(six, change, told):
     flags, right = six
-    before = {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file()}
+    own = ("exit.json", ".lock")  # exit.json tells of the last command
+    before = {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file() and p.name not in own}
     out = train_here(*flags, "--lr", "0.01", "--max-epochs", "99", "--max-steps", "6", "--log-dir", right, *change)
     assert out.returncode == 2 and told in out.stdout and "holds another run" in out.stdout, out.stdout
     assert out.stdout.count(" was ") == 1
-    assert {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in right.rglob("*") if p.is_file() and p.name not in own} == before
 
 
 def test_other_prompts_another_policy_and_another_reward_model_are_another_run(six, small, tmp_path):
@@ -349,6 +350,16 @@ def test_signals_while_it_saves_change_nothing(six, tmp_path):
     assert trainer.wait(60) == 75
     assert [checkpoint.flaw(f) for f in checkpoint.steps(run)] == [None]
     assert "stopped by SIG" in json.loads((run / "exit.json").read_text())["reason"]
+
+
+def test_the_same_command_given_twice_at_once_is_refused_and_leaves_the_run_alone(six, tmp_path):
+    flags, _ = six
+    with lifecycle.claimed(tmp_path / "run"):
+        assert "a run is going on there right now" in go(flags, tmp_path / "run", 1, code=2)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    go(flags, tmp_path / "run", 1)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in go(flags, tmp_path / "file/run", 1, code=2)
 
 
 def wait_for(happened, process, seconds=90):
