@@ -126,6 +126,7 @@ if [ -z "$run" ]; then
   ln -sfn "$(basename "$run")" runs/latest
 fi
 mkdir -p "$run"
+if [ -n "$slurm" ]; then run="$(cd "$run" && pwd)"; fi  # a container may start in another folder
 rm -f "$run/exit.json" "$run/server.ready"
 
 last_step() { (cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-* | tail -n 1) || true; }  # of the checkpoints
@@ -141,25 +142,34 @@ host_of() {  # host_of NODELIST: its first host
 }
 if [ -n "$slurm" ]; then
   read -r -a srun_args <<<"${SRUN_ARGS:-}"
-  server_srun=(srun --het-group=0 --nodes=1 --ntasks=1 ${srun_args[@]+"${srun_args[@]}"})
+  server_srun=(srun --het-group=0 --nodes=1 --ntasks=1
+    ${SLURM_CPUS_PER_TASK_HET_GROUP_0:+--cpus-per-task="$SLURM_CPUS_PER_TASK_HET_GROUP_0"} ${srun_args[@]+"${srun_args[@]}"})
   nodes="$(scontrol show hostnames "$slurm" | wc -l | tr -d ' ')"
-  trainer_srun=(srun --het-group=1 --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 ${srun_args[@]+"${srun_args[@]}"})
+  trainer_srun=(srun --het-group=1 --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1
+    ${SLURM_CPUS_PER_TASK_HET_GROUP_1:+--cpus-per-task="$SLURM_CPUS_PER_TASK_HET_GROUP_1"} ${srun_args[@]+"${srun_args[@]}"})
   actor_host="$(host_of "$slurm")"
   rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
     --rdzv-endpoint "$actor_host:$((20000 + SLURM_JOB_ID % 10000))")
-  gpus="${SLURM_GPUS_PER_NODE_HET_GROUP_1:-${SLURM_GPUS_PER_NODE:-1}}"
-  processes="${NPROC:-${gpus##*:}}" cpus="${SLURM_CPUS_ON_NODE:-$cpus}"
+  gpus="${SLURM_GPUS_PER_NODE_HET_GROUP_1:-gpu}" cpus="${SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1:-$cpus}"
+  processes="${NPROC:-${gpus##*:}}" cpus="${cpus%%[(,]*}"  # torchrun takes "gpu" for as many as there are; 32(x2),16 is 32
   export RM_TOKEN_FILE="$run/rm_token"
   rm -f "$RM_TOKEN_FILE"
   (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RM_TOKEN_FILE")
 fi
 
 server='' trainer='' signalled=''
+tell_trainer() {  # tell_trainer SIGNAL; srun would answer TERM by killing its tasks, and INT by asking for a second one
+  local signal=$1
+  if [ -n "$slurm" ]; then signal=USR1; fi
+  if [ -n "$trainer" ]; then kill "-$signal" "$trainer" 2>/dev/null || true; fi
+}
 finish() {  # the trainer first, then the server that it talks to
-  for pid in $trainer $server; do
-    kill -TERM "$pid" 2>/dev/null || true
-    wait "$pid" 2>/dev/null || true
-  done
+  tell_trainer TERM
+  if [ -n "$trainer" ]; then wait "$trainer" 2>/dev/null || true; fi
+  if [ -n "$server" ]; then
+    kill -TERM "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+  fi
 }
 trap finish EXIT
 forward() {  # only the first signal: another one must not break the save that this one starts
@@ -167,10 +177,10 @@ forward() {  # only the first signal: another one must not break the save that t
   if [ -z "$signalled" ]; then
     signalled=$1
     echo "launch.sh: SIG$1: the actor ends after this step and saves" >&2
-    kill "-$1" "$trainer" 2>/dev/null || true
+    tell_trainer "$1"
   fi
 }
-trap 'if [ -n "$slurm" ]; then forward TERM; else forward INT; fi' INT  # an interrupted srun asks for a second one
+trap 'forward INT' INT
 trap 'forward TERM' TERM
 trap 'forward USR1' USR1
 
@@ -202,19 +212,20 @@ while :; do
 done
 echo "reward server: http://$host:$port, log: $run/server.log"
 
-threads="$((cpus / processes))"
+threads=1
+case "$processes" in *[!0-9]*) ;; *) threads="$((cpus / processes))" ;; esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 set -m
 ${trainer_srun[@]+"${trainer_srun[@]}"} "$python" -m torch.distributed.run "${rendezvous[@]}" \
   --nproc-per-node "$processes" --shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" \
-  ${train_flags[@]+"${train_flags[@]}"} --rm-host "$host" --rm-port "$port" --rm-wait 600 --log-dir "$run" "$@" </dev/null &
+  ${train_flags[@]+"${train_flags[@]}"} --rm-host "$host" --rm-port "$port" --rm-wait 600 "$@" --log-dir "$run" </dev/null &
 trainer=$!
 set +m
 server_code=''
 while kill -0 "$trainer" 2>/dev/null; do
   if [ -z "$server_code" ] && ! kill -0 "$server" 2>/dev/null; then
     server_code=0; wait "$server" || server_code=$?
-    kill -TERM "$trainer" 2>/dev/null || true
+    tell_trainer TERM
   fi
   sleep 0.2
 done
@@ -227,8 +238,8 @@ if [ -n "$server_code" ]; then
 fi
 if [ -s "$run/exit.json" ]; then
   code="$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$run/exit.json")"
-elif [ -n "$signalled" ] && [ "$code" -ne 0 ]; then
-  code=75  # it came before the actor could take it
+elif [ "$code" -ne 0 ] && { [ -n "$signalled" ] || [ "$(last_step)" != "$before" ]; }; then
+  code=75  # killed before it could say why; the next one goes on
 fi
 if [ "$code" -ne 0 ]; then
   if [ -s "$run/exit.json" ]; then
@@ -236,7 +247,9 @@ if [ "$code" -ne 0 ]; then
   fi
   if [ "$code" -eq 75 ] && [ -n "$slurm" ]; then
     finish
-    if [ "$(last_step)" != "$before" ]; then
+    if [ "$signalled" = TERM ] || [ "$signalled" = INT ]; then
+      echo "launch.sh: not requeued: SIG$signalled, as of scancel; the same command with --log-dir $run goes on" >&2
+    elif [ "$(last_step)" != "$before" ]; then
       echo "launch.sh: requeued, to go on from $(last_step)" >&2
       scontrol requeue "$SLURM_JOB_ID" || true
     else

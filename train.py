@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -32,12 +33,12 @@ from reinforce import baselines, checkpoint, distributed, lifecycle, optim
 from reinforce import device as devices
 from reinforce.actor import Actor, Inputs, check, load, open_run_folder
 from reinforce.config import TrainConfig, parse, seconds
-from reinforce.data import step_prompts, steps_per_epoch
+from reinforce.data import step_prompts, steps_per_epoch, total_steps
 from reinforce.errors import FailedError, RetryError
 from reinforce.experience import in_step, judge, rollout, score, validate
-from reinforce.group import make_groups
+from reinforce.group import Group, make_groups
 from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
-from reinforce.metrics import Recorder, mean_reward, summarise, tell
+from reinforce.metrics import Recorder, mean_reward, recorded, summarise, tell
 from reinforce.sampler import Rollout, micro_batches
 
 
@@ -111,7 +112,7 @@ def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None
     p, k = config.num_rollout_samples, config.num_rollouts_per_prompt
     per_update = (config.global_batch_size or p * k) // k  # prompts of one optimizer step
     per_epoch = steps_per_epoch(len(prompts), p)
-    total = min(config.max_steps or sys.maxsize, (config.max_epochs or sys.maxsize) * per_epoch)
+    total = total_steps(len(prompts), p, config.max_steps, config.max_epochs)
     min_lr = config.lr if config.min_lr is None else config.min_lr
     optimizer = optim.adamw(actor.model, config.lr, cast(tuple[float, float], config.adam_betas), config.weight_decay)
     baseline = make_baseline(config, inputs.start.ema)
@@ -125,16 +126,25 @@ def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None
         if done > saved:
             if recorder:
                 recorder.sync()
-            state = {"val_reward": val_reward, "ema": getattr(baseline, "value", None)}
+            state = {"val_reward": val_reward, "ema": getattr(baseline, "value", None), "bf16": actor.bf16}
             checkpoint.save(run, done, actor.model, optimizer, actor.tokenizer, state, config.save_top_k)
             saved = done
 
-    if first == 0:
-        before = validate(actor, held_out)
-        if recorder and before:
-            recorder.validated(0, before)
-    elif recorder:
+    def log(metrics: dict[str, Any], groups: list[Group], advantage: Tensor) -> None:
+        if recorder:
+            recorder.log(metrics, groups, advantage.flatten().tolist())
+
+    def log_and_save(metrics: dict[str, Any], groups: list[Group], advantage: Tensor) -> None:
+        log(metrics, groups, advantage)
+        save(metrics["step"])
+
+    if recorder and first:
         recorder.say(f"going on after step {first} of {total}: {inputs.start.folder}")
+    done = distributed.together(lambda: first in recorded(run), only_first=True)
+    if held_out and not done and first % config.val_check_interval == 0:  # the first one, or one whose server was gone
+        before = validate(actor, held_out)
+        if recorder:
+            recorder.validated(first, before)
     stop.in_loop = True
     for step in range(first, total):
         # 1. sample: K responses to each of this rank's prompts, and for ReMax the greedy one
@@ -149,7 +159,7 @@ def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None
         sampled = time.perf_counter()
 
         # 2. and 3. score over HTTP, KL to the initial policy: R = r - beta * KL
-        with lifecycle.before_retry(save, step):  # a server that is gone costs no step
+        with lifecycle.before_retry(partial(save, step)):  # a server that is gone costs no step
             judged = judge(actor, mine, out)
             rival = None if greedy is None else judge(actor, mine, greedy)
         scored = time.perf_counter()
@@ -215,12 +225,12 @@ def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None
         metrics["time_reference"] = scored - sampled - metrics["time_reward"]
         after = None
         if held_out and (last or (step + 1) % config.val_check_interval == 0):
-            after = validate(actor, held_out)
+            with lifecycle.before_retry(partial(log_and_save, metrics, groups, advantage)):
+                after = validate(actor, held_out)
             metrics["val_reward"] = mean_reward(after)[0]
-        if recorder:
-            recorder.log(metrics, groups, advantage.flatten().tolist())
-            if after:
-                recorder.validated(step + 1, after)
+        log(metrics, groups, advantage)
+        if recorder and after:
+            recorder.validated(step + 1, after)
         if last or stopped or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
             save(step + 1, metrics.get("val_reward"))
         if stopped and not last:

@@ -18,7 +18,7 @@ from torch import nn
 from reinforce import checkpoint, distributed, lifecycle, resume
 from reinforce import device as devices
 from reinforce.config import TrainConfig
-from reinforce.data import Prompt, check_record, tokenize
+from reinforce.data import Prompt, check_record, tokenize, total_steps
 from reinforce.errors import ConfigError
 from reinforce.http import read_token
 from reinforce.logprobs import Scorer, head_is_plain
@@ -138,6 +138,8 @@ def load(inputs: Inputs) -> Actor:
     model = load_policy(source, tokenizer, place, flag=inputs.policy_flag)
     size = sum(w.numel() for w in model.parameters())
     bf16 = devices.use_bf16(config.precision, device, size)
+    if inputs.start.bf16 not in (None, bf16):
+        raise ConfigError(f"--precision: this run began in {'bf16' if inputs.start.bf16 else 'fp32'}; give it that one again")
     plain = head_is_plain(model)
     if not plain and distributed.rank() == 0:
         print(f"--policy {source}: this model does more than apply its head to hidden states; scoring with whole logits")
@@ -147,6 +149,7 @@ def load(inputs: Inputs) -> Actor:
         hf = cast(Any, model)  # transformers 5.23 has another name for it than 5.17
         getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
     scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
+    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)  # before the reference: a rank then holds one whole model
     reference = None
     if config.initial_policy_kl_penalty > 0:
         half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
@@ -157,7 +160,6 @@ def load(inputs: Inputs) -> Actor:
                         config.end_strings, tokenizer.decode)  # fmt: skip
     validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,
                                      top_k=config.val_top_k, top_p=config.val_top_p)  # fmt: skip
-    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)
     actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16)
     if distributed.rank() == 0:
         name = os.path.relpath(source) if Path(source).is_dir() else source
@@ -183,14 +185,18 @@ def open_run_folder(inputs: Inputs) -> Path:
     config = inputs.config
 
     def opened() -> Path:
+        decays = config.min_lr not in (None, config.lr)  # then the rate depends on where the run is to end
         own = resume.identity(
-            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint,
-            prompts=resume.digest([[p.text, p.label] for p in inputs.prompts]),
-            held_out=resume.digest([[p.text, p.label] for p in inputs.held_out]),
+            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
+            prompts=resume.digest([[p.ids, p.text, p.label] for p in inputs.prompts]),
+            held_out=resume.digest([[p.ids, p.text, p.label] for p in inputs.held_out]),
+            total_steps=total_steps(len(inputs.prompts), config.num_rollout_samples, config.max_steps, config.max_epochs)
+            if decays else None,
         )  # fmt: skip
         folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
         resume.admit(folder, own)
         checkpoint.sweep(folder)
+        checkpoint.set_aside(folder, inputs.start.step)
         resume.cut_back(folder, inputs.start.step)
         facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}
         (folder / "config.json").write_text(json.dumps(facts, indent=2))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -56,8 +56,8 @@ def save(
             if folder.exists():  # a damaged one
                 _remove(folder)
             partial.rename(folder)
-            _flush(parent)
-        except (OSError, SafetensorError) as error:
+            flush(parent)
+        except Exception as error:  # Python's, safetensors' and tokenizers' own kinds
             shutil.rmtree(partial, ignore_errors=True)
             needed = sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()])
             free = shutil.disk_usage(run).free
@@ -65,7 +65,7 @@ def save(
                 f"the checkpoint of step {step} could not be written to {parent}: {error} ({needed / 2**20:.0f} MiB needed, "
                 f"{free / 2**20:.0f} MiB free); earlier ones are untouched"
             ) from error
-        _prune(parent, keep_best)
+        _prune(folder, keep_best)
         return folder
 
     return distributed.together(write, only_first=True)
@@ -90,11 +90,18 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Itera
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer its state at that checkpoint; the model is loaded from the same folder beforehand."""
+    """Give the optimizer its state at that checkpoint; the model is loaded from the same folder beforehand.
+
+    Raises FailedError if the two do not name the same parameters: averages that start from 0 would be another run.
+    """
     if not (folder / "optimizer.safetensors").exists():  # no optimizer step was ever made
         return
     with safe_open(folder / "optimizer.safetensors", "pt") as file:
         names = set(file.keys())
+        own = {name for name, _ in model.named_parameters()}
+        strange = sorted(name for name in names if name.rpartition(".")[0] not in own)
+        if strange:
+            raise FailedError(f"{folder}: its optimizer state names parameters that this model does not have ({strange[0]}, ...)")
         for name, parameter in model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in names]
             values = {key: file.get_tensor(f"{name}.{key}") for key in keys}
@@ -114,7 +121,7 @@ def seal(folder: Path) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
     for path in [*folder.iterdir(), folder]:
-        _flush(path)
+        flush(path)
 
 
 def flaw(folder: Path) -> str | None:
@@ -154,6 +161,15 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints of later steps than the one that a run goes on from: damaged, they must not pass for the newest."""
+    for folder in steps(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            place = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(place)
+
+
 def sweep(run: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     for folder in (run / "checkpoints").glob(".step-*"):
@@ -169,7 +185,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """See that the disk has a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -177,19 +194,19 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _prune(parent: Path, keep_best: int) -> None:
-    """Remove all but the last checkpoint and the best."""
+def _prune(folder: Path, keep_best: int) -> None:
+    """Remove all but this checkpoint and the best of the others."""
 
-    def reward(folder: Path) -> float:
+    def reward(other: Path) -> float:
         try:
-            value = state(folder).get("val_reward")
+            value = state(other).get("val_reward")
         except (OSError, ValueError):
             value = None
         return float("-inf") if value is None else value
 
-    older = steps(parent.parent)[:-1]
-    for folder in sorted(older, key=reward, reverse=True)[keep_best:]:
-        _remove(folder)
+    others = [other for other in steps(folder.parent.parent) if other != folder]
+    for other in sorted(others, key=reward, reverse=True)[keep_best:]:
+        _remove(other)
 
 
 def _remove(folder: Path) -> None:

@@ -6,6 +6,7 @@ belong to step n is a function of (seed, n): a permutation per epoch, each promp
 that remain.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,6 +92,15 @@ def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, fla
 def steps_per_epoch(prompts: int, per_step: int) -> int:
     """Steps that take each prompt once; the last may be short."""
     return -(-prompts // per_step)
+
+
+def total_steps(prompts: int, per_step: int, max_steps: int | None, max_epochs: int | None) -> int:
+    """Steps of a whole run: so many at most, so many epochs at most.
+
+    >>> total_steps(5, 2, max_steps=100, max_epochs=2)
+    6
+    """
+    return min(max_steps or sys.maxsize, (max_epochs or sys.maxsize) * steps_per_epoch(prompts, per_step))
 
 
 def step_prompts(prompts: int, per_step: int, seed: int, step: int) -> list[int]:

@@ -134,9 +134,9 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks inside, as Hugging Face names their classes."""
+    """The transformer blocks inside, as Hugging Face names their classes, inner ones first."""
     names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-    return [m for m in module.modules() if type(m).__name__ in names]
+    return [m for m in reversed(list(module.modules())) if type(m).__name__ in names]
 
 
 @contextlib.contextmanager

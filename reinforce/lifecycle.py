@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import torch
 
@@ -43,8 +44,8 @@ class Stop:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        if not self.in_loop:
+        first, self.signal = self.signal is None, signal.Signals(number).name
+        if first and not self.in_loop:
             raise RetryError(f"stopped by {self.signal} before the first step")
 
     @property
@@ -60,28 +61,53 @@ def holds_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists()
 
 
+def job() -> str:
+    """What the processes of one torchrun have in common, and no other running command has."""
+    return f"{os.environ.get('MASTER_ADDR', os.getpid())}:{os.environ.get('MASTER_PORT', '')}"
+
+
+def holds(folder: Path) -> bool:
+    """Whether this command is the last one that claimed the folder."""
+    try:
+        return (folder / ".lock").read_text() == job()
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a run folder, so that the same command given twice does not write there twice; exit.json of the last one is removed.
 
     Raises ConfigError if another process holds it, or nobody can write there. The lock ends with this block, or with this process,
-    however it ends.
+    however it ends; on a network file system that of a crashed node may take minutes, so a job of Slurm waits for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a+")
     except OSError as error:
         raise ConfigError(f"--log-dir {folder}: cannot be written to ({error})") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--log-dir {folder}: a run is going on there right now; wait for its end or give another") from None
-        except OSError:  # a file system without locks
-            pass
+        end = time.monotonic() + (120 if "SLURM_JOB_ID" in os.environ else 0)
+        while not _locked(lock):
+            if time.monotonic() >= end:
+                raise ConfigError(f"--log-dir {folder}: a run is going on there right now; wait for its end or give another")
+            time.sleep(1)
+        lock.truncate(0)
+        lock.write(job())
+        lock.flush()
         if not holds_run(folder) or (folder / "identity.json").exists():
             (folder / "exit.json").unlink(missing_ok=True)
         yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def new_run_folder(log_dir: str | None, name: str) -> Path:
@@ -116,6 +142,7 @@ def new_folder(name: str, flag: str) -> None:
 
 def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: None, name: str = "train.py") -> int:
     """Call main and turn how it ended into an exit code and, once the folder is known, exit.json. `name` is the script's."""
+    expected = True
     try:
         main()
         code, reason = 0, "done"
@@ -128,9 +155,11 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
     except KeyboardInterrupt:
         code, reason = 75, "interrupted"
     except torch.OutOfMemoryError as error:
+        expected = False
         code, reason = 1, f"out of GPU memory ({first_line(error)}); lower --micro-batch-size, --micro-batch-tokens (update) or "
         reason += "--rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
     except Exception as error:
+        expected = False
         if distributed.lost(error):
             code, reason = 75, f"another rank is gone ({first_line(error)})"
         else:
@@ -140,22 +169,23 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
         rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
         print(f"{name}{rank}: {reason}", file=sys.stderr, flush=True)
     place = folder()
-    if place is not None and (code or distributed.rank() == 0):
+    if place is not None and (holds(place) if distributed.rank() else True):
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             with (place / "exit.json").open("x" if code else "w") as file:  # the first rank that fails knows why
                 json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
-    distributed.stop()
+    if expected:  # else other ranks may be waiting in a collective, and NCCL would wait for them here
+        distributed.stop()
     return code
 
 
 @contextlib.contextmanager
-def before_retry(save: Callable[[int], None], step: int) -> Iterator[None]:
-    """If this block ends in a RetryError, call save(step) first."""
+def before_retry(call: Callable[[], None]) -> Iterator[None]:
+    """If this block ends in a RetryError, call that first."""
     try:
         yield
     except RetryError:
-        save(step)
+        call()
         raise
 
 

@@ -36,6 +36,7 @@ class Start:
     step: int = 0  # finished steps
     folder: Path | None = None  # the checkpoint of that step
     ema: float | None = None  # the moving average of --baseline ema
+    bf16: bool | None = None  # the precision so far; None: no step yet
 
 
 def plan(run: Path | None, how: str) -> Start:
@@ -58,7 +59,7 @@ def plan(run: Path | None, how: str) -> Start:
             raise ConfigError(f"--resume must: the run in --log-dir {run} has no checkpoint yet")
         return Start()
     state = checkpoint.state(folder)
-    return Start(state["step"], folder, state.get("ema"))
+    return Start(state["step"], folder, state.get("ema"), state.get("bf16"))
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
@@ -68,12 +69,15 @@ def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
 
 
 def admit(run: Path, own: dict[str, Any]) -> None:
-    """Write identity.json, or raise ConfigError with the differences if another one is there."""
+    """Write identity.json, or raise ConfigError with the differences if another one is there.
+
+    A flag that is younger than the run that is there counts as its default.
+    """
     place = run / "identity.json"
     if place.exists():
         try:
-            there = json.loads(place.read_text())
-        except ValueError as error:
+            there = {**identity(TrainConfig()), **json.loads(place.read_text())}
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder") from error
         differences = [f"{name} was {there.get(name)}, is {own.get(name)}" for name in sorted({*there, *own})
                        if there.get(name) != own.get(name)]  # fmt: skip
@@ -82,7 +86,9 @@ def admit(run: Path, own: dict[str, Any]) -> None:
         return
     partial = run / f".identity.{os.getpid()}"
     partial.write_text(json.dumps(own, indent=2))
+    checkpoint.flush(partial)
     partial.replace(place)
+    checkpoint.flush(run)
 
 
 def cut_back(run: Path, step: int) -> None:

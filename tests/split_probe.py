@@ -28,6 +28,7 @@ VARIANTS = {  # flags, and what is done to the update
     "fsdp, micro-batch 1": {"parallel": "fsdp", "micro_batch_size": 1, "rollout_micro_batch_size": 2},
     "fsdp, gradient checkpointing": {"parallel": "fsdp", "gradient_checkpointing": True, "micro_batch_size": 3},
     "ddp, gradient checkpointing": {"gradient_checkpointing": True, "micro_batch_size": 3},
+    "ddp, bf16": {"precision": "bf16"}, "fsdp, bf16": {"precision": "bf16", "parallel": "fsdp"},
     "more padding": {}, "mistake: twice": {}, "mistake: a divisor per rank": {},
 }  # fmt: skip
 
@@ -62,7 +63,8 @@ def padded(r, n):
 
 def measure(name, flags, policy, tokenizer):
     """Token ids, gradient, parameters after three steps, and how often a block ran forward in the first backward()."""
-    config = TrainConfig(device="cpu", precision="fp32", initial_policy_kl_penalty=0.0, max_new_tokens=12, log_dir=None, **flags)
+    flags = {"device": "cpu", "precision": "fp32", "initial_policy_kl_penalty": 0.0, "max_new_tokens": 12, **flags}
+    config = TrainConfig(**flags)
     device = torch.device("cpu")
     distributed.start(device, alone=config.parallel == "fsdp")
     inputs = Inputs(config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), [], [], None)

@@ -74,7 +74,7 @@ def test_the_exit_code_is_the_trainers_and_its_reason_comes_last(launch, tmp_pat
     if code:
         assert "launch.sh: as told" in out and out.splitlines()[-1].startswith(f"launch.sh: exit code {code}; logs: runs/run-")
     args = (tmp_path / "trainer.args").read_text()
-    assert "--rm-host 127.0.0.1 --rm-port 9 --rm-wait 600" in args and args.strip().endswith("--max-steps 3")
+    assert "--rm-host 127.0.0.1 --rm-port 9 --rm-wait 600" in args and "--max-steps 3 --log-dir runs/run-" in args
     assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1" in args and "--max-restarts" not in args
     assert (tmp_path / "runs/latest").is_symlink()
 

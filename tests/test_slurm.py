@@ -33,7 +33,7 @@ while [ "${1#-}" != "$1" ]; do
 done
 tasks=()
 for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & tasks+=("$!"); done
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -KILL "${tasks[@]}"' TERM  # as the real one does: "forcing job termination"
 trap 'kill -USR1 "${tasks[@]}"' USR1
 code=0
 for task in "${tasks[@]}"; do

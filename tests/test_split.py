@@ -11,7 +11,8 @@ from split_probe import VARIANTS
 from transformers import AutoModelForCausalLM
 
 MISTAKES = [name for name in VARIANTS if name.startswith("mistake")]
-RIGHT = [name for name in VARIANTS if name not in MISTAKES]
+BF16 = [name for name in VARIANTS if name.endswith("bf16")]
+RIGHT = [name for name in VARIANTS if name not in MISTAKES + BF16]
 
 
 def probe(small, folder, world):
@@ -63,6 +64,16 @@ def test_a_factor_of_two_and_a_divisor_per_rank_would_show(worlds, variant):
     assert gradient > 0.1 and moved > 0.1
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("variant", BF16)
+def test_bf16_under_ddp_and_under_fsdp_is_within_its_rounding(worlds, world, variant):
+    """DDP computes norms and the residual stream in float32 (autocast), FSDP2 in bfloat16 (its own policy)."""
+    found, theta = worlds
+    gradient, _ = errors(found[world][variant], found[1]["ddp, bf16"], theta)
+    assert gradient <= 5e-2
+    assert errors(found[world][variant], found[1]["ddp"], theta)[0] > 1e-4, "it is bf16"
+
+
 def test_gradient_checkpointing_runs_each_block_twice(worlds):
     """All ten rows in micro-batches of three, so four passes, and each again in the backward pass."""
     found, _ = worlds
@@ -82,5 +93,5 @@ def test_table_of_world_sizes_wrappings_and_micro_batches(small, tmp_path, capsy
             gradient, moved = errors(found[n][variant], right, theta)
             same = found[n][variant]["tokens"] == right["tokens"]
             print(f"| {n} | {variant} | {'yes' if same else 'no'} | {gradient:.1e} | {moved:.1e} |")
-            assert variant in MISTAKES or (same and gradient <= 1e-5 and moved <= 1e-3)
+            assert variant in MISTAKES + BF16 or (same and gradient <= 1e-5 and moved <= 1e-3)
             assert variant not in MISTAKES or n == 1 or gradient > 0.1
