@@ -41,14 +41,14 @@ BOUND = 60.0  # seconds that a rank may outlive another one that was killed, of 
 
 
 def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> list[str]:
-    """The command line of a run; the checkpoint of an epoch's short last step (the third, of two prompts) included."""
+    """The command line of a run; the checkpoint of an epoch's short last step (the third, of four prompts) included."""
     folder = toy.prepare()
     prompts = run.parent / "prompts.jsonl"
     if not prompts.exists():
-        lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:10]
+        lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:14]
         prompts.write_text("".join(lines))
     values = {"policy": folder / "policy", "train-data": prompts, "val-data": prompts, "rm-host": address[0], "rm-port": address[1],
-              "baseline": baseline, "num-rollout-samples": 4, "num-rollouts-per-prompt": 2, "max-new-tokens": 12, "lr": 0.01,
+              "baseline": baseline, "num-rollout-samples": 5, "num-rollouts-per-prompt": 2, "max-new-tokens": 12, "lr": 0.01,
               "max-epochs": 9, "max-steps": STEPS, "val-check-interval": 3, "save-interval": 1, "save-top-k": 1, "device": "cpu",
               "log-dir": run}  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]

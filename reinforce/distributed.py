@@ -130,7 +130,13 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
         return scorer
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
+    # DDP sorts its buckets anew after the first backward pass, and with more than two ranks that changes the order of its sums; a
+    # first pass of weight 0 makes all real ones alike, those of a run that goes on too
+    token, mask = torch.zeros(1, 1, dtype=torch.long, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)  # (1, 1)
+    (0 * wrapped(token, mask, token, mask)).sum().backward()
+    scorer.zero_grad()
+    return wrapped
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -75,7 +75,7 @@ def test_killed_runs_end_as_undisturbed_ones():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [["--kills", 200], ["--kills", 50, "--ranks", 2], ["--exact"]])
+@pytest.mark.parametrize("how", [["--kills", 200], ["--kills", 50, 12, "--ranks", 2, 4], ["--exact"]])
 def test_hundreds_of_kills(how):
     out = script("bench/kills.py", *how, timeout=3000)
     assert out.returncode == 0, out.stdout
