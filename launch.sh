@@ -129,7 +129,13 @@ mkdir -p "$run"
 if [ -n "$slurm" ]; then run="$(cd "$run" && pwd)"; fi  # a container may start in another folder
 rm -f "$run/exit.json" "$run/server.ready"
 
-last_step() { (cd "$run/checkpoints" 2>/dev/null && printf '%s\n' step-* | tail -n 1) || true; }  # of the checkpoints
+last_step() {  # name of the newest checkpoint
+  local folder last=''
+  for folder in "$run"/checkpoints/step-*; do
+    if [ -d "$folder" ]; then last="${folder##*/}"; fi
+  done
+  echo "$last"
+}
 before="$(last_step)"
 
 processes="${NPROC:-1}" cpus="$(getconf _NPROCESSORS_ONLN)"

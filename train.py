@@ -84,9 +84,8 @@ def backward(actor: Actor, batch: Batch, rows: list[int], divisor: int) -> tuple
     config, device = actor.config, actor.device
     loss_sum, clipped, scored = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros_like(batch.rollout.logp)
     lengths = batch.rollout.total_length[rows].tolist()
-    parts = in_step(
-        [[rows[j] for j in part] for part in micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)]
-    )
+    parts = micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)
+    parts = in_step([[rows[j] for j in part] for part in parts])
     actor.model.train(config.gradient_checkpointing)  # only there a Hugging Face model checkpoints; dropout is 0 either way
     for i, here in enumerate(parts):
         part = batch.take(here)
@@ -193,10 +192,7 @@ def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None
             losses.append(math.fsum(distributed.gather([loss.item()])))
             grad_norms.append(optim.clip(actor.model, config.max_grad_norm))
             if not math.isfinite(losses[-1] + grad_norms[-1]):  # the same numbers on every rank
-                bad = ~(logp.sum(1) + own).isfinite() & torch.tensor(
-                    [b in rows for b in range(len(own))], device=own.device
-                )  # (B,)
-                told = distributed.gather(bad.view(-1, k).tolist())
+                told = distributed.gather((~(logp.sum(1) + own).isfinite()).view(-1, k).tolist())  # (P, K) bad ones
                 if recorder:
                     recorder.accuse(step + 1, groups, update, told)
                 raise FailedError(f"loss {losses[-1]}, gradient {grad_norms[-1]} in step {step + 1}: no update was made; "

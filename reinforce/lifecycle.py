@@ -63,7 +63,7 @@ def holds_run(folder: Path) -> bool:
 
 def job() -> str:
     """What the processes of one torchrun have in common, and no other running command has."""
-    return f"{os.environ.get('MASTER_ADDR', os.getpid())}:{os.environ.get('MASTER_PORT', '')}"
+    return f"{os.environ.get('MASTER_ADDR', f'process {os.getpid()}')}:{os.environ.get('MASTER_PORT', '')}"
 
 
 def holds(folder: Path) -> bool:
@@ -121,6 +121,7 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
         folder = Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
+            (folder / ".lock").write_text(job())
             break
     latest = Path("runs/latest")
     partial = Path(f"runs/.latest-{os.getpid()}")
