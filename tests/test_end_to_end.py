@@ -57,7 +57,7 @@ def toy_run(toy_folder, tmp_path_factory):
     """launch.sh as the README has it, but half as long."""
     run = tmp_path_factory.mktemp("toy") / "run"
     out = subprocess.run(
-        [ROOT / "launch.sh", "--log-dir", run, "--max-steps", "50"], env=environment(VIRTUAL_ENV=sys.prefix, PATH=path()), text=True,
+        [ROOT / "launch.sh", "--log-dir", run, "--max-steps", "40"], env=environment(VIRTUAL_ENV=sys.prefix, PATH=path()), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, stdin=subprocess.DEVNULL, cwd=run.parent,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout
@@ -72,7 +72,7 @@ def test_launch_trains_the_toy_against_the_served_reward_model_and_the_reward_ri
     run, out = toy_run
     lines = metrics(run)
     reward = [line["reward"] for line in lines]
-    assert len(lines) == 50 and abs(reward[0]) < 0.5
+    assert len(lines) == 40 and abs(reward[0]) < 0.5
     assert sum(reward[-5:]) / 5 >= 1.0 and max(line["kl"] for line in lines) <= 10
     after = next(line for line in out.splitlines() if line.startswith("   after"))
     assert float(after.split()[1]) >= 0.8, "the grammar's own label, which training never saw"
@@ -90,9 +90,9 @@ def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
 def test_the_run_folder_holds_what_was_promised(toy_run):
     run, _ = toy_run
     assert all(set(KEYS) <= set(line) for line in metrics(run))
-    assert [line["step"] for line in metrics(run) if "val_reward" in line] == [25, 50]
+    assert [line["step"] for line in metrics(run) if "val_reward" in line] == [25, 40]
     rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rows) == 50 * 16 and all(len(r["response"]) == len(r["reward"]) == len(r["advantage"]) == 4 for r in rows)
+    assert len(rows) == 40 * 16 and all(len(r["response"]) == len(r["reward"]) == len(r["advantage"]) == 4 for r in rows)
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG" and any((run / "tensorboard").iterdir())
     assert json.loads((run / "config.json").read_text())["baseline"] == "rloo"
     first = [r for r in rows if r["step"] == 1]
@@ -280,11 +280,25 @@ def test_without_a_kl_penalty_no_reference_is_loaded_and_kl_is_null(flags, tmp_p
     assert line["kl"] is None and line["time_reference"] < 0.05 and line["objective"] == line["reward"]
 
 
-def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags, tmp_path):
-    (tmp_path / "one.py").write_text("def one(prompts, completions, labels):\n    return [1.0] * len(prompts)\n")
-    with serving(tmp_path, "--reward-fn", f"{tmp_path}/one.py:one") as (_, port, _p):
-        out = train_here(*flags, "--rm-port", port, "--initial-policy-kl-penalty", "0", "--max-steps", "1", "--log-dir",
-                     tmp_path / "run")  # fmt: skip
+@pytest.fixture(scope="module")
+def label_server(tmp_path_factory):
+    """A server whose reward is the prompt's own label."""
+    folder = tmp_path_factory.mktemp("label")
+    (folder / "own.py").write_text("def own(prompts, completions, labels):\n    return [float(label) for label in labels]\n")
+    with serving(folder, "--reward-fn", f"{folder}/own.py:own") as (_, port, _p):
+        yield port
+
+
+def labelled(small, folder, label):
+    """The small prompts, each with this label, as a flag."""
+    lines = [json.loads(line) for line in (small / "train.jsonl").read_text().splitlines()]
+    (folder / "train.jsonl").write_text("".join(json.dumps({**line, "label": label}) + "\n" for line in lines))
+    return ["--train-data", folder / "train.jsonl", "--val-data", folder / "train.jsonl"]
+
+
+def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags, label_server, tmp_path):
+    out = train_here(*flags, *labelled(small, tmp_path, 1.0), "--rm-port", label_server, "--initial-policy-kl-penalty", "0",
+                     "--max-steps", "1", "--log-dir", tmp_path / "run")  # fmt: skip
     assert out.returncode == 0, out.stdout
     line = metrics(tmp_path / "run")[0]
     assert line["zero_signal"] == 1.0 and line["grad_norm"] == 0.0 and line["reward_std"] == 0.0
@@ -384,11 +398,9 @@ def test_the_seeds_own_choices_run_as_one_preset(small, server_port, tmp_path):
     assert all(kl >= 0 for row in rows_of(tmp_path / "run") for kl in row["kl"]), "absolute values"
 
 
-def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, tmp_path):
-    (tmp_path / "nan.py").write_text("def nan(prompts, completions, labels):\n    return [float('nan')] * len(prompts)\n")
-    with serving(tmp_path, "--reward-fn", f"{tmp_path}/nan.py:nan") as (_, port, _p):
-        run = tmp_path / "run"
-        out = train_here(*flags, "--rm-port", port, "--log-dir", run)
+def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, label_server, tmp_path):
+    run = tmp_path / "run"
+    out = train_here(*flags, *labelled(small, tmp_path, "nan"), "--rm-port", label_server, "--log-dir", run)
     assert out.returncode == 1 and "Traceback" not in out.stdout
     assert json.loads((run / "exit.json").read_text())["code"] == 1 and not (run / "checkpoints").exists()
 
