@@ -177,7 +177,8 @@ def sample(
     out = model(input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
                 use_cache=True, logits_to_keep=1)  # fmt: skip
     k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
+    kept = "cache" if hasattr(out, "cache") else "past_key_values"  # its name from transformers 5.24 on, and before
+    cache, logits = getattr(out, kept), out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
     cache.batch_repeat_interleave(k)
     prompt, prompt_mask = prompt.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (B, S)
     coins = draw_coins(seeds, t_max, logits.shape[1]).to(device)  # (B, T, log2 V)
@@ -209,7 +210,7 @@ def sample(
             cache.batch_select_indices(going)
         seen = torch.cat([prompt_mask[alive], torch.ones_like(response[alive, : t + 1], dtype=torch.bool)], 1)
         logits = model(input_ids=token[:, None], attention_mask=seen.long(), position_ids=positions(seen)[:, -1:],
-                       past_key_values=cache, use_cache=True).logits[:, -1]  # fmt: skip
+                       use_cache=True, **{kept: cache}).logits[:, -1]  # fmt: skip
 
     t = int(length.max())
     mask = torch.arange(t, device=device) < length[:, None]  # (B, T)
