@@ -13,233 +13,104 @@ Beside GRPO trainers the default deletes the clipped ratio and the old log-probs
 division by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
 """
 
-import dataclasses
 import faulthandler
-import math
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 import transformers
-from torch import Tensor
 
-from reinforce import baselines, checkpoint, distributed, lifecycle, optim
-from reinforce import device as devices
-from reinforce.actor import Actor, Inputs, check, load, open_run_folder
+from reinforce import baselines, distributed, lifecycle, optim
+from reinforce.actor import Actor
 from reinforce.config import TrainConfig, parse, seconds
-from reinforce.data import step_prompts, steps_per_epoch, total_steps
-from reinforce.errors import FailedError, RetryError
-from reinforce.experience import in_step, judge, rollout, score, validate
-from reinforce.group import Group, make_groups
-from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
-from reinforce.metrics import Recorder, mean_reward, recorded, summarise, tell
-from reinforce.sampler import Rollout, micro_batches
+from reinforce.data import Data, Prompt
+from reinforce.kl import KL, per_response
+from reinforce.loss import clipped_loss, reinforce_loss, token_weights
+from reinforce.objective import Judged, counted, objective
+from reinforce.rollout import Batch, Rollout
+from reinforce.run import Run
+from reinforce.setup import check, load, open_run_folder
+from reinforce.update import Step, Summed, Sums, Update, plan_updates
 
 
-def make_baseline(config: TrainConfig, ema: float | None = None) -> Callable[..., Tensor]:
-    """The advantage function of --baseline: (P, K) -> (P, K), for remax with greedy (P,) as second argument; `ema` is its past."""
-    if config.baseline == "ema":
-        baseline = baselines.Ema(config.ema_decay)
-        baseline.value = ema or 0.0
-        return baseline
-    return cast(Callable[..., Tensor], getattr(baselines, config.baseline.replace("-", "_")))
+def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout) -> Judged:
+    """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64; no gradient."""
+    config, kl = actor.config, None
+    reward = actor.reward(prompts, rollout)  # (B,), over HTTP
+    ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
+    if ref_logp is not None:
+        kl_token = KL[config.kl](rollout.logp, ref_logp)  # (B, T)
+        kl = per_response(kl_token, rollout.mask, config.kl_reduce).double().cpu()  # (B,)
+    beta, finished = config.initial_policy_kl_penalty, rollout.finished.cpu()
+    return Judged(reward, kl, objective(reward, kl, beta, finished, config.missing_eos_penalty))
 
 
-def optimizer_steps(prompts: int, per_step: int) -> list[range]:
-    """The prompts of each optimizer step of one rollout: whole prompts in rollout order, the last step maybe short.
-
-    >>> optimizer_steps(prompts=5, per_step=2)
-    [range(0, 2), range(2, 4), range(4, 5)]
-    """
-    return [range(first, min(first + per_step, prompts)) for first in range(0, prompts, per_step)]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of this rank, as the loss needs them."""
-
-    rollout: Rollout
-    advantage: Tensor  # (B,) float32
-    valid: Tensor  # (B,) bool
-    logp_old: Tensor | None  # (B, T), of the policy before the first of several optimizer steps
-
-    def take(self, rows: list[int]) -> "Batch":
-        """Some of the rows; of no rows, one row without a token, for a rank that has none left while others have."""
-        part, at = self.rollout.take(rows), rows or [0]
-        old = None if self.logp_old is None else self.logp_old[at, : part.mask.shape[1]]  # (b, T)
-        return Batch(part, self.advantage[at], self.valid[at], old)
+def backward(actor: Actor, batch: Batch, update: Update) -> Summed:
+    """Gradient of one optimizer step, in micro-batches of this rank's rows; N counts the rows of all ranks."""
+    sums = Sums(batch, actor.config.ratio_clip)
+    for part in actor.micro_batches(batch, update):
+        logp = actor.logp(part.rollout)  # (b, T)
+        if part.logp_old is None:  # on-policy: plain REINFORCE
+            loss = reinforce_loss(logp, part.advantage, part.weight, update.n)
+        else:  # one of several optimizer steps from one rollout
+            clip = actor.config.ratio_clip
+            loss = clipped_loss(logp, part.logp_old, part.advantage, part.weight, update.n, clip)
+        distributed.backward(loss)  # summed over ranks
+        sums.add(part, logp, loss)
+    return sums.over_ranks()
 
 
-def backward(actor: Actor, batch: Batch, rows: list[int], divisor: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of one optimizer step, in micro-batches of this rank's `rows`; `divisor` is N, over all ranks.
+def train(actor: Actor, data: Data, run: Run) -> None:
+    """The loop: `actor` owns the models and the reward client, `run` keeps what is done."""
+    config, baseline = actor.config, baselines.BASELINES[actor.config.baseline](actor.config.ema_decay)
+    betas = cast(tuple[float, float], config.adam_betas)
+    optimizer = optim.adamw(actor.model, config.lr, betas, config.weight_decay)
+    run.restore(optimizer, baseline)  # of a run that goes on: bitwise, or not at all
+    run.validate_if_due()
 
-    Returns this rank's loss and number of clipped tokens, both scalar, and logp (B, T), 0 in other rows.
-    """
-    config, device = actor.config, actor.device
-    loss_sum, clipped, scored = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros_like(batch.rollout.logp)
-    lengths = batch.rollout.total_length[rows].tolist()
-    parts = micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens)
-    parts = in_step([[rows[j] for j in part] for part in parts])
-    actor.model.train(config.gradient_checkpointing)  # only there a Hugging Face model checkpoints; dropout is 0 either way
-    for i, here in enumerate(parts):
-        part = batch.take(here)
-        r, weight = part.rollout, token_weights(part.rollout.mask, config.loss_norm) * part.valid[:, None]  # (b, T)
-        with distributed.accumulating(actor.scorer, last=i + 1 == len(parts)):
-            with devices.autocast(device, actor.bf16):
-                logp = actor.scorer(r.prompt, r.prompt_mask, r.response, r.mask)  # (b, T)
-            if part.logp_old is None:
-                loss = reinforce_loss(logp, part.advantage, weight, divisor)
-            else:
-                loss = clipped_loss(logp, part.logp_old, part.advantage, weight, divisor, config.ratio_clip)
-                clipped += clipped_tokens(logp, part.logp_old, part.advantage, weight, config.ratio_clip)
-            (loss * distributed.world_size()).backward()  # DDP and FSDP average over ranks, and N already counts them all
-        loss_sum += loss.detach()
-        scored[here, : logp.shape[1]] = logp.detach()[: len(here)]
-    actor.model.eval()
-    return loss_sum, clipped, scored
+    for step in run.steps():
+        prompts = distributed.deal(data.prompts_of(step))  # this rank's, whole groups
+        optim.set_learning_rate(optimizer, run.learning_rate(step))
 
+        # 1. sample: K responses to each prompt, and for ReMax the greedy one
+        rollout = actor.sample(prompts, step)  # B = P * K rows
+        greedy = actor.sample_greedy(prompts, step) if baseline.needs_greedy else None
 
-def train(actor: Actor, inputs: Inputs, run: Path, stop: lifecycle.Stop) -> None:
-    """The loop."""
-    config, prompts, held_out, first = actor.config, inputs.prompts, inputs.held_out, inputs.start.step
-    p, k = config.num_rollout_samples, config.num_rollouts_per_prompt
-    per_update = (config.global_batch_size or p * k) // k  # prompts of one optimizer step
-    per_epoch = steps_per_epoch(len(prompts), p)
-    total = total_steps(len(prompts), p, config.max_steps, config.max_epochs)
-    min_lr = config.lr if config.min_lr is None else config.min_lr
-    optimizer = optim.adamw(actor.model, config.lr, cast(tuple[float, float], config.adam_betas), config.weight_decay)
-    baseline = make_baseline(config, inputs.start.ema)
-    if inputs.start.folder is not None:
-        checkpoint.restore(inputs.start.folder, actor.model, optimizer)
-    recorder = Recorder(run, total, first) if distributed.rank() == 0 else None
-    saved = first  # steps that the last checkpoint has
+        # 2. and 3. reward r over HTTP, KL to the initial policy: R = r - beta * KL
+        judged = judge(actor, prompts, rollout)
+        judged_greedy = judge(actor, prompts, greedy) if greedy else None
 
-    def save(done: int, val_reward: float | None = None) -> None:
-        nonlocal saved
-        if done > saved:
-            if recorder:
-                recorder.sync()
-            state = {"val_reward": val_reward, "ema": getattr(baseline, "value", None), "bf16": actor.bf16}
-            checkpoint.save(run, done, actor.model, optimizer, actor.tokenizer, state, config.save_top_k)
-            saved = done
-
-    def log(metrics: dict[str, Any], groups: list[Group], advantage: Tensor) -> None:
-        if recorder:
-            recorder.log(metrics, groups, advantage.flatten().tolist())
-
-    def log_and_save(metrics: dict[str, Any], groups: list[Group], advantage: Tensor) -> None:
-        log(metrics, groups, advantage)
-        save(metrics["step"])
-
-    if recorder and first:
-        recorder.say(f"going on after step {first} of {total}: {inputs.start.folder}")
-    done = distributed.together(lambda: first in recorded(run), only_first=True)
-    if held_out and not done and first % config.val_check_interval == 0:  # the first one, or one whose server was gone
-        before = validate(actor, held_out)
-        if recorder:
-            recorder.validated(first, before)
-    stop.in_loop = True
-    for step in range(first, total):
-        # 1. sample: K responses to each of this rank's prompts, and for ReMax the greedy one
-        start = time.perf_counter()
-        mine = distributed.deal([prompts[i] for i in step_prompts(len(prompts), p, config.seed, step)])
-        greedy = None
-        with distributed.gathered(actor.policy):
-            out = rollout(actor, mine, k, step, actor.training, config.rollout_micro_batch_size)
-            if config.baseline == "remax":
-                likeliest = dataclasses.replace(actor.training, greedy=True)
-                greedy = rollout(actor, mine, 1, step, likeliest, config.rollout_micro_batch_size)
-        sampled = time.perf_counter()
-
-        # 2. and 3. score over HTTP, KL to the initial policy: R = r - beta * KL
-        with lifecycle.before_retry(partial(save, step)):  # a server that is gone costs no step
-            judged = judge(actor, mine, out)
-            rival = None if greedy is None else judge(actor, mine, greedy)
-        scored = time.perf_counter()
-
-        # 4. advantages, over whole groups, from all ranks' rows in prompt order
-        valid = out.finished if config.truncated == "drop" else torch.ones_like(out.finished)  # (B,)
-        groups = distributed.gather(make_groups(actor.tokenizer, mine, out, judged, valid))
-        rivals = None if greedy is None or rival is None else distributed.gather(make_groups(actor.tokenizer, mine, greedy, rival))
-        objective = torch.tensor([g.objective for g in groups], dtype=torch.float64)  # (P, K)
-        counts, length = torch.tensor([g.valid for g in groups]), torch.tensor([g.length for g in groups])  # (P, K)
-        if rivals is None:
-            advantage = baseline(objective, counts)  # (P, K)
-        else:
-            advantage = baseline(objective, torch.tensor([g.objective[0] for g in rivals], dtype=torch.float64), counts)  # (P, K)
-        own = torch.stack(distributed.deal(list(advantage))).flatten().float().to(actor.device)  # (B,)
+        # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
+        own_valid = counted(rollout.finished, config.truncated)  # (B,), this rank's
+        R, valid, length = (  # noqa: N806
+            distributed.gather_rows(column.view(len(prompts), -1)) for column in (judged.objective, own_valid, rollout.length)
+        )  # (P, K) each
+        greedy_R = distributed.gather_rows(judged_greedy.objective) if judged_greedy else None  # noqa: N806  (P,)
+        advantage = baseline(R, valid, greedy_R)  # (P, K)
 
         # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and the clipped ratio
-        lr = optim.learning_rate(step, total, config.lr, min_lr, config.warmup_steps, config.constant_steps)
-        optim.set_learning_rate(optimizer, lr)
-        updates, place = optimizer_steps(len(groups), per_update), distributed.deal(range(len(groups)))
-        logp_old = score(actor, actor.scorer, out) if len(updates) > 1 else None  # (B, T)
-        batch, scorer_logp = Batch(out, own, valid, logp_old), logp_old
-        losses, clipped, grad_norms = [], 0.0, []
+        updates = plan_updates(valid, length, config)
+        own_advantage = distributed.deal_rows(advantage).flatten().float().to(actor.device)  # (B,)
+        weight = token_weights(rollout.mask, config.loss_norm) * own_valid[:, None]  # (B, T)
+        logp_old = actor.logp_old(rollout) if len(updates) > 1 else None  # (B, T)
+        batch = Batch(rollout, own_advantage, weight, logp_old)
+        made = Step(step, prompts, batch, own_valid, judged, greedy, advantage)
         for update in updates:
-            divisor = normaliser(length[update], counts[update], config.loss_norm)  # N
-            if divisor == 0:  # every response was dropped
+            if update.n == 0:  # every response was dropped
                 continue
-            rows = [b for b in range(len(own)) if place[b // k] in update]
-            loss, cut, logp = backward(actor, batch, rows, divisor)
-            clipped, scorer_logp = clipped + cut.item(), logp if logp_old is None else logp_old
-            losses.append(math.fsum(distributed.gather([loss.item()])))
-            grad_norms.append(optim.clip(actor.model, config.max_grad_norm))
-            if not math.isfinite(losses[-1] + grad_norms[-1]):  # the same numbers on every rank
-                told = distributed.gather((~(logp.sum(1) + own).isfinite()).view(-1, k).tolist())  # (P, K) bad ones
-                if recorder:
-                    recorder.accuse(step + 1, groups, update, told)
-                raise FailedError(f"loss {losses[-1]}, gradient {grad_norms[-1]} in step {step + 1}: no update was made; "
-                                  f"the responses: {run}/nonfinite.jsonl")  # fmt: skip
+            sums = backward(actor, batch, update)
+            grad_norm = optim.clip(actor.model, config.max_grad_norm)
+            run.must_be_finite(made, update, sums, grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        updated = time.perf_counter()
+            run.updated(sums, grad_norm)
 
-        # 6. log, validate, save
-        gap = None if scorer_logp is None else (out.logp - scorer_logp).sum(1).view(-1, k).sum(1).tolist()
-        last = step + 1 == total
-        stopped = next((reason for reason in distributed.gather([stop.reason]) if reason), None)
-        tokens = sum(sum(g.length) for g in [*groups, *(rivals or [])])
-        metrics = {
-            "step": step + 1, **summarise(groups, advantage.flatten().tolist()),
-            "loss": math.fsum(losses) / len(losses) if losses else None,
-            "grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None, "lr": lr,
-            "optimizer_steps": len(grad_norms),
-            "logprob_gap": None if gap is None else math.fsum(distributed.gather(gap)) / objective.numel(),
-            "ratio_clipped": math.fsum(distributed.gather([clipped])) / max(1, int((length * counts).sum())),
-            "tokens": tokens, "tokens_per_s": tokens / (sampled - start), "time_rollout": sampled - start,
-            "time_reward": judged.seconds + (rival.seconds if rival else 0.0), "time_update": updated - scored,
-            "prompts_seen": (step // per_epoch) * len(prompts) + min((step % per_epoch + 1) * p, len(prompts)),
-            "epoch": step // per_epoch,
-        }  # fmt: skip
-        metrics["time_reference"] = scored - sampled - metrics["time_reward"]
-        after = None
-        if held_out and (last or (step + 1) % config.val_check_interval == 0):
-            with lifecycle.before_retry(partial(log_and_save, metrics, groups, advantage)):
-                after = validate(actor, held_out)
-            metrics["val_reward"] = mean_reward(after)[0]
-        log(metrics, groups, advantage)
-        if recorder and after:
-            recorder.validated(step + 1, after)
-        if last or stopped or (step + 1) % (config.save_interval or config.val_check_interval) == 0:
-            save(step + 1, metrics.get("val_reward"))
-        if stopped and not last:
-            break
-
-    if recorder:
-        recorder.close()
-        if first >= total:
-            recorder.say(f"this run has all its {total} steps")
-        elif last:
-            tell(held_out, run)
-    if first < total and not last:
-        raise RetryError(f"stopped by {stopped} after step {step + 1} of {total}; the same command with --log-dir {run} goes on")
+        # 6. log, validate, save; from here on the step counts, whatever becomes of the server or of us
+        run.finished(made)
+        run.validate_if_due()
+        run.save_if_due()
 
 
 def main() -> None:
@@ -259,9 +130,11 @@ def main() -> None:
             stop.limit = None if config.max_time_per_run is None else seconds(config.max_time_per_run)
             inputs = check(config, stack)
             inputs.client.stopped = lambda: stop.reason is not None
-            run = open_run_folder(inputs)
-            folders[:] = [run]
-            train(load(inputs), inputs, run, stop)
+            folder = open_run_folder(inputs)
+            folders[:] = [folder]
+            actor = load(inputs)
+            with Run(folder, actor, inputs.data, inputs.start, stop) as run:
+                train(actor, inputs.data, run)
 
     sys.exit(lifecycle.run(body, lambda: folders[0]))
 

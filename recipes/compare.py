@@ -34,13 +34,13 @@ if __name__ == "__main__":
 from recipes import toy
 from recipes.intervals import student
 from reinforce import baselines, distributed, lifecycle
-from reinforce import device as devices
-from reinforce.actor import Actor, set_up
+from reinforce.actor import Actor
 from reinforce.config import BASELINES, TrainConfig, flag, parse, refuse
 from reinforce.data import Prompt
 from reinforce.errors import ConfigError, FailedError
-from reinforce.experience import judge, rollout
 from reinforce.policy import load_policy
+from reinforce.setup import set_up
+from train import judge
 
 Lines = list[dict[str, Any]]  # metrics.jsonl of a run
 Numbers = dict[str, float | None]  # a run at the budget
@@ -133,10 +133,9 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
     |mean|^2 is too large by trace Cov / n, which is taken off; where nothing is left these prompts do not tell it: None.
     """
     config, k = actor.config, actor.config.num_rollouts_per_prompt
-    rows, likeliest = config.rollout_micro_batch_size, dataclasses.replace(actor.training, greedy=True)
-    out = rollout(actor, prompts, k, NOISE_STEP, actor.training, rows)
-    greedy = rollout(actor, prompts, 1, NOISE_STEP, likeliest, rows)
-    other = rollout(actor, prompts, k, MEAN_STEP, actor.training, rows)  # for ema: a past of its own
+    out = actor.sample(prompts, NOISE_STEP)
+    greedy = actor.sample_greedy(prompts, NOISE_STEP)
+    other = actor.sample(prompts, MEAN_STEP)  # for ema: a past of its own
     reward = judge(actor, prompts, out).objective.view(-1, k)  # (n, K)
     past = baselines.Ema(0.0)
     past(judge(actor, prompts, other).objective.view(-1, k))
@@ -153,8 +152,7 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
         scores = []
         for row in range(p * k, (p + 1) * k):
             part = out.take([row])
-            with devices.autocast(actor.device, actor.bf16):
-                logp = actor.scorer(part.prompt, part.prompt_mask, part.response, part.mask)
+            logp = actor.logp(part)
             scores.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)]))
         g = advantage[:, p] @ torch.stack(scores) / k  # (baselines, D)
         total += g
@@ -172,7 +170,8 @@ def measure_noise(settings: TrainConfig, config: Config, trained: Path) -> Noise
     found: Noise = {"initial": [], "trained": []}
     for seed in range(config.seeds):
         with ExitStack() as stack:
-            actor, prompts, _ = set_up(dataclasses.replace(settings, seed=seed), stack)
+            actor, data = set_up(dataclasses.replace(settings, seed=seed), stack)
+            prompts = data.prompts
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
             some = [prompts[i] for i in order[: config.noise_prompts]]
             found["initial"].append(gradient_noise(actor, some, config.baselines))

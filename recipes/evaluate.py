@@ -27,15 +27,16 @@ if __name__ == "__main__":
 from recipes import toy
 from recipes.intervals import bootstrap
 from reinforce import kl, lifecycle
-from reinforce.actor import Actor, set_up
+from reinforce.actor import Actor
 from reinforce.config import TrainConfig, flag, parse, refuse
 from reinforce.data import Prompt
 from reinforce.errors import ConfigError
-from reinforce.experience import ask, rollout, score
-from reinforce.group import Group, Judged, make_groups
+from reinforce.group import Group, make_groups
 from reinforce.logprobs import Scorer
 from reinforce.metrics import distinct, mean_and_error, mean_reward
+from reinforce.objective import Judged
 from reinforce.policy import load_policy
+from reinforce.setup import set_up
 
 OVERRIDES = ("temperature", "max_new_tokens", "rm_wait", "seed", "device", "precision", "skip_bad_lines")
 STEP = -2  # of evaluation's random numbers: neither training's nor validation's
@@ -103,11 +104,11 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
 def answer(actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | None = None) -> list[Group]:
     """One scored response to each prompt; with `initial`, its KL to that policy, nats."""
     how = dataclasses.replace(actor.training, greedy=greedy)
-    out = rollout(actor, prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
-    reward = ask(actor, prompts, out)  # (P,)
+    out = actor.respond(prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
+    reward = actor.ask(prompts, out)  # (P,)
     distance = None
     if initial is not None and not greedy:
-        distance = kl.per_response(kl.k1(out.logp, score(initial, initial.scorer, out)), out.mask).double().cpu()  # (P,)
+        distance = kl.per_response(kl.k1(out.logp, initial.score(initial.scorer, out)), out.mask).double().cpu()  # (P,)
     groups = make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
     return [dataclasses.replace(group, prompt=readable(prompt)) for group, prompt in zip(groups, prompts, strict=True)]
 
@@ -180,8 +181,8 @@ def main() -> None:
     config = parse(Config, __doc__)
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
-        initial, prompts, _ = set_up(settings, stack, "--initial-policy", "--test-data")
-        prompts = prompts[: config.max_prompts]
+        initial, data = set_up(settings, stack, "--initial-policy", "--test-data")
+        prompts = data.prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
         after = answer(dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True)), prompts, config.greedy, initial)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from reinforce.data import step_prompts, steps_per_epoch
 from reinforce.errors import FailedError
 from reinforce.optim import adamw, clip, learning_rate, set_learning_rate
-from reinforce.sampler import micro_batches
+from reinforce.rollout import micro_batches
 
 
 @dataclass(frozen=True)

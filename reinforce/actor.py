@@ -1,52 +1,53 @@
-"""What the loop works with: everything that can be wrong is checked first, cheapest first, then loaded.
-
-Order: flags, run folder, prompt files, the reward server, the tokenizer, and only then a model.
-"""
+"""The actor's models and its reward client, behind the verbs that the loop is written in."""
 
 import dataclasses
-import json
-import os
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from reinforce import checkpoint, distributed, lifecycle, resume
 from reinforce import device as devices
+from reinforce import distributed
 from reinforce.config import TrainConfig
-from reinforce.data import Prompt, check_record, tokenize, total_steps
-from reinforce.errors import ConfigError
-from reinforce.http import read_token
-from reinforce.logprobs import Scorer, head_is_plain
-from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
-from reinforce.records import read_records
+from reinforce.data import Prompt
+from reinforce.group import reward_request
+from reinforce.logprobs import Scorer
 from reinforce.rm_client import RewardClient
-from reinforce.sampler import Sampling
+from reinforce.rollout import Batch, Rollout, micro_batches
+from reinforce.sampler import Sampling, row_seed, sample_in_batches
+from reinforce.update import Update
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A command line that has been checked, and what it names."""
+class Clock:
+    """Seconds that each kind of work took since `read` was called last."""
 
-    config: TrainConfig
-    device: torch.device
-    start: resume.Start
-    policy: str  # folder or hub id of the initial policy
-    policy_flag: str  # how errors name it
-    tokenizer: Any
-    end_ids: tuple[int, ...]
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    client: RewardClient
+    def __init__(self) -> None:
+        """All zero."""
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, work: str) -> Iterator[None]:
+        """Add what this block takes to `work`, a GPU's part included."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[work] = self._seconds.get(work, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far; they start at zero again."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 @dataclass(frozen=True)
 class Actor:
-    """What set-up makes and the loop uses."""
+    """What set-up makes. All its verbs but `respond` are for every rank at the same time."""
 
     config: TrainConfig
     tokenizer: Any
@@ -59,147 +60,78 @@ class Actor:
     validation: Sampling
     device: torch.device
     bf16: bool
+    clock: Clock = field(default_factory=Clock)
 
+    def sample(self, prompts: Sequence[Prompt], step: int) -> Rollout:
+        """K responses to each of this rank's prompts, row b to prompt b // K."""
+        with self.clock("rollout"), distributed.gathered(self.policy):
+            return self.respond(prompts, self.config.num_rollouts_per_prompt, step, self.training)
 
-def load_prompts(
-    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str, data_flag: str
-) -> dict[str, list[Prompt]]:
-    """Tokenized prompts of each file; says how many were too long. Raises ConfigError where context or ranks do not fit."""
-    room = context_length(policy)
-    if room is not None and room <= config.max_new_tokens:
-        raise ConfigError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in this model's {room} positions")
-    longest = config.max_prompt_length if room is None else min(config.max_prompt_length, room - config.max_new_tokens)
-    prompts = {}
-    for name, lines in records.items():
-        prompts[name], dropped = tokenize(lines, tokenizer, longest, name)
-        if dropped and distributed.rank() == 0:
-            print(f"{name}: left out {dropped} prompts longer than {longest} tokens (--max-prompt-length)")
-    world, count = distributed.world_size(), len(prompts[data_flag])
-    left = count % config.num_rollout_samples  # prompts of an epoch's last step
-    if 0 < left < world and (config.max_steps is None or config.max_steps > count // config.num_rollout_samples):
-        raise ConfigError(
-            f"--num-rollout-samples {config.num_rollout_samples} leaves {left} of {count} prompts for an epoch's last step, "
-            f"too few for {world} ranks: give another number, or drop {left} prompts"
-        )
-    return prompts
+    def sample_greedy(self, prompts: Sequence[Prompt], step: int) -> Rollout:
+        """The likeliest token each time: one response to each of this rank's prompts."""
+        with self.clock("rollout"), distributed.gathered(self.policy):
+            return self.respond(prompts, 1, step, dataclasses.replace(self.training, greedy=True))
 
+    def respond(self, prompts: Sequence[Prompt], k: int, step: int, sampling: Sampling, max_rows: int | None = None) -> Rollout:
+        """k responses to each prompt, each row with random numbers of its own, at most `max_rows` rows at a time.
 
-def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data") -> Inputs:
-    """Everything but the models; starts the toy's server if there is no other (it ends with `stack`).
+        Call it under `distributed.gathered(actor.policy)`: ranks stop at different lengths.
+        """
+        seeds = [row_seed(self.config.seed, step, p.index, j) for p in prompts for j in range(k)]
+        rows = max_rows or self.config.rollout_micro_batch_size
+        with devices.autocast(self.device, self.bf16):
+            return sample_in_batches(self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device)
 
-    The two flags are how errors name policy and prompts.
-    """
-    device = devices.pick(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if config.policy is None and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
-    if config.num_rollout_samples < distributed.world_size():
-        raise ConfigError(
-            f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the {distributed.world_size()} ranks: "
-            "give one for each at least"
-        )
-    if config.deterministic:
-        devices.only_deterministic()
-    distributed.start(device, alone=config.parallel == "fsdp")
-    run = None if config.log_dir is None else Path(config.log_dir)
-    start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
-    policy, train_data, val_data = config.policy, config.train_data, config.val_data
-    if policy is None or train_data is None:
-        from recipes.toy import prepare
+    def reward(self, prompts: Sequence[Prompt], rollout: Rollout) -> Tensor:
+        """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along."""
+        with self.clock("reward"):
+            return distributed.together(lambda: self.ask(prompts, rollout))
 
-        toy = distributed.together(lambda: str(prepare()), only_first=True)
-        policy, train_data, val_data = f"{toy}/policy", f"{toy}/train.jsonl", val_data or f"{toy}/validation.jsonl"
-    records = {}
-    for name, source in ((data_flag, train_data), ("--val-data", val_data)):
-        if source is not None:
-            records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
-            if bad and distributed.rank() == 0:
-                print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
-    host, port = config.rm_host, config.rm_port
-    if host is None or port is None:
-        host, port = distributed.together(lambda: stack.enter_context(lifecycle.toy_server()), only_first=True)
-        if distributed.rank() == 0:
-            print(f"reward server: http://{host}:{port}")
-    client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
-    client.connect(config.rm_wait)
+    def ask(self, prompts: Sequence[Prompt], rollout: Rollout) -> Tensor:
+        """`reward` of one rank alone."""
+        request = reward_request(self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query")
+        return torch.tensor(self.client.rewards(**request), dtype=torch.float64)
 
-    tokenizer = load_tokenizer(policy, policy_flag)
-    ends = end_tokens(policy, tokenizer, policy_flag)
-    prompts = load_prompts(config, tokenizer, records, policy, data_flag)
-    held_out = prompts.get("--val-data", [])
-    return Inputs(config, device, start, policy, policy_flag, tokenizer, ends, prompts[data_flag], held_out, client)
+    def reference_logp(self, rollout: Rollout) -> Tensor | None:
+        """log pi_ref of every response token, (B, T) float32, 0 outside the mask; None if beta = 0."""
+        if self.reference is None:
+            return None
+        with self.clock("reference"):
+            return self.score(self.reference, rollout)
 
+    def logp_old(self, rollout: Rollout) -> Tensor:
+        """log pi of every response token under the policy as it is now, (B, T) float32, without gradient."""
+        return self.score(self.scorer, rollout)
 
-def load(inputs: Inputs) -> Actor:
-    """The models, on their devices: the policy from the checkpoint that the run goes on with, if there is one."""
-    config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
-    sharded = config.parallel == "fsdp"
-    place = torch.device("cpu") if sharded else device  # a whole model may not fit the device that takes a shard of it
-    source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
-    model = load_policy(source, tokenizer, place, flag=inputs.policy_flag)
-    size = sum(w.numel() for w in model.parameters())
-    bf16 = devices.use_bf16(config.precision, device, size)
-    if inputs.start.bf16 not in (None, bf16):
-        raise ConfigError(f"--precision: this run began in {'bf16' if inputs.start.bf16 else 'fp32'}; give it that one again")
-    plain = head_is_plain(model)
-    if not plain and distributed.rank() == 0:
-        print(f"--policy {source}: this model does more than apply its head to hidden states; scoring with whole logits")
-    if config.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
-        hf = cast(Any, model)  # transformers 5.23 has another name for it than 5.17
-        getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
-    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
-    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)  # before the reference: a rank then holds one whole model
-    reference = None
-    if config.initial_policy_kl_penalty > 0:
-        half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
-        frozen = load_policy(inputs.policy, tokenizer, place, frozen_dtype=torch.bfloat16 if half else torch.float32)
-        scored_by = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(place)
-        reference = distributed.wrap(scored_by, device, config.parallel, bf16)
-    training = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, config.min_new_tokens,
-                        config.end_strings, tokenizer.decode)  # fmt: skip
-    validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,
-                                     top_k=config.val_top_k, top_p=config.val_top_p)  # fmt: skip
-    actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16)
-    if distributed.rank() == 0:
-        name = os.path.relpath(source) if Path(source).is_dir() else source
-        ranks = f"{distributed.world_size()} ranks{' (fsdp)' if sharded else ''}"
-        print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {ranks}")
-        print(f"{name}, {size / 1e6:.1f}M parameters · {len(inputs.prompts)} prompts · baseline {config.baseline}")
-    return actor
+    @torch.no_grad()
+    def score(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
+        """logp of every response token under `scorer`, (B, T) float32, in micro-batches; 0 outside the mask."""
+        logp = torch.zeros_like(rollout.logp)  # (B, T)
+        lengths = rollout.total_length.tolist()
+        for rows in distributed.in_step(micro_batches(lengths, self.config.forward_micro_batch_size, sys.maxsize)):
+            part = rollout.take(rows)
+            logp[rows, : part.mask.shape[1]] = self._forward(scorer, part)[: len(rows)]
+        return logp
 
+    def micro_batches(self, batch: Batch, update: Update) -> Iterator[Batch]:
+        """The parts of this rank's rows of an optimizer step; gradients are exchanged in the last one's backward pass.
 
-def set_up(
-    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
-) -> tuple[Actor, list[Prompt], list[Prompt]]:
-    """`check` and `load` for a script that keeps no run folder: actor, prompts, held-out prompts."""
-    inputs = check(config, stack, policy_flag, data_flag)
-    return load(inputs), inputs.prompts, inputs.held_out
+        Every rank gets as many: one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
+        """
+        config = self.config
+        lengths = batch.rollout.total_length[update.rows].tolist()
+        parts = distributed.in_step(micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens))
+        self.model.train(config.gradient_checkpointing)  # only there a Hugging Face model checkpoints; dropout is 0 anyway
+        for i, part in enumerate(parts):
+            with distributed.accumulating(self.scorer, last=i + 1 == len(parts)):
+                yield batch.take([update.rows[j] for j in part])
+        self.model.eval()
 
+    def logp(self, rollout: Rollout) -> Tensor:
+        """log pi of every response token, (B, T), with gradient; 0 outside the mask."""
+        return self._forward(self.scorer, rollout)
 
-def open_run_folder(inputs: Inputs) -> Path:
-    """The run folder, the same on every rank, with config.json in it. Raises ConfigError if it holds another run.
-
-    Of a run that goes on, the logs are cut back to the step of its checkpoint, and what a killed process left is removed.
-    """
-    config = inputs.config
-
-    def opened() -> Path:
-        decays = config.min_lr not in (None, config.lr)  # then the rate depends on where the run is to end
-        own = resume.identity(
-            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
-            prompts=resume.digest([[p.ids, p.text, p.label] for p in inputs.prompts]),
-            held_out=resume.digest([[p.ids, p.text, p.label] for p in inputs.held_out]),
-            total_steps=total_steps(len(inputs.prompts), config.num_rollout_samples, config.max_steps, config.max_epochs)
-            if decays else None,
-        )  # fmt: skip
-        folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
-        resume.admit(folder, own)
-        checkpoint.sweep(folder)
-        checkpoint.set_aside(folder, inputs.start.step)
-        resume.cut_back(folder, inputs.start.step)
-        facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}
-        (folder / "config.json").write_text(json.dumps(facts, indent=2))
-        return folder
-
-    return distributed.together(opened, only_first=True)
+    def _forward(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
+        with devices.autocast(self.device, self.bf16):
+            logp: Tensor = scorer(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)  # (B, T)
+            return logp

@@ -9,6 +9,10 @@ never read. None of these functions writes to its inputs. Left out: whitening ov
 standard deviation, which explodes (rewards 1, 0, 0, 0 give advantages of a million).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -127,6 +131,15 @@ class Ema:
         self.decay = decay
         self.value = 0.0
 
+    @property
+    def state(self) -> float:
+        """What a run saves, and gives back when it goes on."""
+        return self.value
+
+    @state.setter
+    def state(self, value: float) -> None:
+        self.value = value
+
     def __call__(self, reward: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the advantage (P, K) against the past, then learn from this rollout."""
         reward, valid = _checked(reward, valid)
@@ -135,3 +148,38 @@ class Ema:
             mean = (reward.sum(dtype=torch.float64) / valid.sum()).item()
             self.value = self.decay * self.value + (1 - self.decay) * mean
         return advantage
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An estimator as the loop calls it, and what it needs."""
+
+    function: Callable[..., Tensor]  # (R, valid) -> A; with a greedy response (R, greedy R, valid) -> A
+    min_k: int = 1  # responses of one prompt
+    needs_greedy: bool = False  # R of the greedy response, too
+
+    def __call__(self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None) -> Tensor:
+        """objective, valid (P, K), of a greedy response (P,) -> advantage (P, K)."""
+        if self.needs_greedy:
+            return self.function(objective, greedy_objective, valid)
+        return self.function(objective, valid)
+
+    @property
+    def state(self) -> Any:
+        """A JSON value that is all the function remembers; None if it remembers nothing."""
+        return getattr(self.function, "state", None)
+
+    def restore(self, state: Any) -> None:
+        """Undo reading `state`."""
+        if hasattr(self.function, "state"):
+            self.function.state = state
+
+
+BASELINES: dict[str, Callable[[float], Baseline]] = {  # --baseline -> what it is called with: --ema-decay
+    "none": lambda decay: Baseline(none),
+    "ema": lambda decay: Baseline(Ema(decay)),
+    "rloo": lambda decay: Baseline(rloo, min_k=2),
+    "remax": lambda decay: Baseline(remax, needs_greedy=True),
+    "group-mean": lambda decay: Baseline(group_mean, min_k=2),
+    "grpo": lambda decay: Baseline(grpo, min_k=2),
+}

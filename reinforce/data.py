@@ -31,6 +31,33 @@ class Prompt:
     label: Any = None
 
 
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run, and the order they are taken in."""
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]  # of validation
+    per_step: int  # prompts of a step
+    seed: int
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Those of a step, from 0: each once an epoch."""
+        return [self.prompts[i] for i in step_prompts(len(self.prompts), self.per_step, self.seed, step)]
+
+    def total_steps(self, max_steps: int | None, max_epochs: int | None) -> int:
+        """Steps of a whole run."""
+        return total_steps(len(self.prompts), self.per_step, max_steps, max_epochs)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, both from 0."""
+        return step // steps_per_epoch(len(self.prompts), self.per_step)
+
+    def prompts_seen(self, step: int) -> int:
+        """How many prompts were taken up to the end of a step, again in each epoch."""
+        place = step % steps_per_epoch(len(self.prompts), self.per_step)
+        return self.epoch(step) * len(self.prompts) + min((place + 1) * self.per_step, len(self.prompts))
+
+
 def check_record(record: Any) -> dict[str, Any]:
     """The record itself, if it is a prompt. Raises BadLineError with the reason."""
     if isinstance(record, dict) and "chosen" in record:

@@ -1,4 +1,4 @@
-"""Every torch.distributed call there is, behind ten verbs. Without torchrun all but FSDP's are no-ops on one process.
+"""Every torch.distributed call there is, behind a few verbs. Without torchrun all but FSDP's are no-ops on one process.
 
 Whole prompts are dealt to ranks round-robin, so a group's K responses are always on one rank, and what a rank makes of its
 prompts is gathered and put back into prompt order: advantages and metrics are computed from all rows, the same on every rank.
@@ -90,6 +90,20 @@ def gather(items: Sequence[T]) -> list[T]:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
+def deal_rows(tensor: Tensor) -> Tensor:
+    """`deal` for a tensor with one row for each item, (P, ...) -> this rank's (p, ...)."""
+    return tensor[rank() :: world_size()]
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Undo `deal_rows`: every rank's rows on every rank, (p, ...) -> (P, ...) in the order before dealing, on the CPU."""
+    parts: list[Any] = [None] * world_size()
+    if world_size() == 1:
+        return tensor.cpu()
+    dist.all_gather_object(parts, tensor.cpu())
+    return torch.stack([parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))])
+
+
 def together(work: Callable[[], T], only_first: bool = False) -> T:
     """Call `work` on every rank, or on rank 0 alone, whose result then is everyone's.
 
@@ -114,7 +128,7 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
 
 
 def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
-    """The module (a Scorer), its gradients averaged over ranks in the backward pass: a loss is multiplied by world_size() first.
+    """The module (a Scorer), its gradients averaged over ranks in the backward pass; `backward` makes sums of them.
 
     fsdp shards it in place, each transformer block for itself, in `device`'s memory; with bf16 what is gathered is bfloat16, and
     the float32 shards are what the optimizer sees. Its forward and its `decode` gather first what they need.
@@ -169,6 +183,16 @@ def shard(tensor: Tensor, like: Tensor) -> Tensor:
     """Undo `whole`: this rank's part of a tensor that every rank has, placed as `like`."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+
+
+def in_step(parts: list[list[int]]) -> list[list[int]]:
+    """Micro-batches, with empty ones added until every rank has as many: a sharded model's forward pass needs all ranks."""
+    return parts + [[]] * (max(gather([len(parts)])) - len(parts))
+
+
+def backward(loss: Tensor) -> None:
+    """Add the gradient of the sum of all ranks' losses: DDP and FSDP average over ranks, which is undone here."""
+    (loss * world_size()).backward()
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

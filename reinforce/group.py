@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from reinforce.data import Prompt
-from reinforce.sampler import Rollout
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What B responses are worth."""
-
-    reward: Tensor  # (B,) float64
-    kl: Tensor | None  # (B,) float64, nats, as it is in the objective; None if beta = 0
-    objective: Tensor  # (B,) float64, R
-    seconds: float = 0.0  # that the reward took
+from reinforce.objective import Judged
+from reinforce.rollout import Rollout
 
 
 @dataclass(frozen=True)

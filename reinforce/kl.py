@@ -37,12 +37,12 @@ def abs_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Half the squared log ratio (B, T), nats: biased, never negative. For logs only."""
+    """Half the squared log ratio (B, T), nats: biased, never negative. As a reward its gradient is wrong."""
     return _log_ratio(logp, ref_logp).square() / 2
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """exp(-d) - 1 + d (B, T), nats: unbiased as a value, never negative. For logs only."""
+    """exp(-d) - 1 + d (B, T), nats: unbiased as a value, never negative. As a reward its gradient is wrong."""
     d = _log_ratio(logp, ref_logp)
     return torch.expm1(-d) + d
 
@@ -67,3 +67,6 @@ def per_response(kl: Tensor, mask: Tensor, reduce: str = "sum") -> Tensor:
         raise ValueError(f"kl {tuple(kl.shape)}, mask {tuple(mask.shape)}, reduce {reduce!r}")
     total = kl.masked_fill(~mask, 0.0).sum(-1)  # (B,)
     return total if reduce == "sum" else total / mask.sum(-1).clamp(min=1)
+
+
+KL = {"k1": k1, "abs": abs_k1}  # --kl: those that training may put into the reward

@@ -46,6 +46,29 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
     }
 
 
+def summarise_updates(
+    groups: Sequence[Group], updates: Sequence[tuple[float, float, float]], lr: float, logprob_gap: float | None
+) -> dict[str, Any]:
+    """Means over a step's optimizer steps, of (loss, clipped tokens, length of the gradient) each; None where there was none."""
+    losses, clipped, norms = ([update[i] for update in updates] for i in range(3))
+    tokens = sum(n for g in groups for n, valid in zip(g.length, g.valid, strict=True) if valid)
+    return {
+        "loss": math.fsum(losses) / len(losses) if losses else None,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "lr": lr,
+        "optimizer_steps": len(norms),
+        "logprob_gap": logprob_gap,
+        "ratio_clipped": math.fsum(clipped) / max(1, tokens),
+    }
+
+
+def speed(groups: Sequence[Group], greedy_tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """Sampled tokens, and what the step's parts took in seconds."""
+    tokens = sum(sum(g.length) for g in groups) + greedy_tokens
+    times = {f"time_{work}": seconds.get(work, 0.0) for work in ("rollout", "reward", "reference", "update")}
+    return {"tokens": tokens, "tokens_per_s": tokens / times["time_rollout"], **times}
+
+
 def _counted(group: Group) -> list[float]:
     return [r for r, v in zip(group.objective, group.valid, strict=True) if v]
 
@@ -77,6 +100,8 @@ def distinct(texts: Sequence[str], n: int = 2) -> float:
 def recorded(run: Path) -> dict[int, list[Group]]:
     """The validations in a run folder, {step: groups}, in order."""
     found: dict[int, list[Group]] = {}
+    if not (run / "validation.jsonl").exists():
+        return found
     for line in (run / "validation.jsonl").read_text().splitlines():
         record = json.loads(line)
         found.setdefault(record.pop("step"), []).append(Group(**record))
@@ -103,7 +128,7 @@ def tell(prompts: list[Prompt], run: Path) -> None:
 
 
 class Recorder:
-    """The files of a run folder and the progress on screen. Only rank 0 has one."""
+    """The files of a run folder and the progress on screen: rank 0's; other ranks have a `Silent` one."""
 
     def __init__(self, folder: Path, total: int, done: int = 0) -> None:
         """`total` steps are to come, of which `done` are there already."""
@@ -171,6 +196,31 @@ class Recorder:
         self._validation.close()
         self._board.close()
         draw_curves(self.folder)
+
+
+class Silent(Recorder):
+    """A recorder that records nothing."""
+
+    def __init__(self, folder: Path, total: int, done: int = 0) -> None:
+        """Takes what a Recorder takes."""
+
+    def log(self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]) -> None:
+        """Nothing."""
+
+    def validated(self, step: int, groups: Sequence[Group]) -> None:
+        """Nothing."""
+
+    def accuse(self, step: int, groups: Sequence[Group], update: Sequence[int], bad: Sequence[Sequence[bool]]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def draw_curves(folder: Path) -> None:

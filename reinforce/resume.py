@@ -35,7 +35,7 @@ class Start:
 
     step: int = 0  # finished steps
     folder: Path | None = None  # the checkpoint of that step
-    ema: float | None = None  # the moving average of --baseline ema
+    baseline: Any = None  # the state of a baseline that has one
     bf16: bool | None = None  # the precision so far; None: no step yet
 
 
@@ -59,7 +59,7 @@ def plan(run: Path | None, how: str) -> Start:
             raise ConfigError(f"--resume must: the run in --log-dir {run} has no checkpoint yet")
         return Start()
     state = checkpoint.state(folder)
-    return Start(state["step"], folder, state.get("ema"), state.get("bf16"))
+    return Start(state["step"], folder, state.get("baseline", state.get("ema")), state.get("bf16"))
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:

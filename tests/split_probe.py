@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from recipes import toy
 from reinforce import distributed
-from reinforce.actor import Inputs, load
 from reinforce.config import TrainConfig
-from reinforce.data import Prompt
-from reinforce.experience import rollout
+from reinforce.data import Data, Prompt
 from reinforce.group import response_ids
-from reinforce.loss import normaliser
+from reinforce.loss import normaliser, token_weights
 from reinforce.resume import Start
-from reinforce.sampler import Rollout
+from reinforce.rollout import Batch, Rollout
+from reinforce.setup import Inputs, load
+from reinforce.update import Update
 
 K = 2
 VARIANTS = {  # flags, and what is done to the update
@@ -63,15 +63,15 @@ def padded(r, n):
 
 def measure(name, flags, policy, tokenizer):
     """Token ids, gradient, parameters after three steps, and how often a block ran forward in the first backward()."""
-    flags = {"device": "cpu", "precision": "fp32", "initial_policy_kl_penalty": 0.0, "max_new_tokens": 12, **flags}
+    flags = {"device": "cpu", "precision": "fp32", "initial_policy_kl_penalty": 0.0, "max_new_tokens": 12,
+             "num_rollouts_per_prompt": K, **flags}  # fmt: skip
     config = TrainConfig(**flags)
     device = torch.device("cpu")
     distributed.start(device, alone=config.parallel == "fsdp")
-    inputs = Inputs(config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), [], [], None)
+    inputs = Inputs(config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), Data([], [], 1, 0), None)
     actor = load(inputs)
     mine = distributed.deal(prompts(tokenizer))
-    with distributed.gathered(actor.policy):
-        out = rollout(actor, mine, K, 0, actor.training, config.rollout_micro_batch_size)
+    out = actor.sample(mine, 0)
     ids = response_ids(out)
     tokens = distributed.gather([ids[i * K : (i + 1) * K] for i in range(len(mine))])
 
@@ -84,12 +84,13 @@ def measure(name, flags, policy, tokenizer):
         divisor = max(1, int(valid[own].sum())) * distributed.world_size()
     if name == "mistake: twice":
         advantage = 2 * advantage
-    batch = train.Batch(part, advantage[own], valid[own], None)
+    batch = Batch(part, advantage[own], token_weights(part.mask, "sequence") * valid[own][:, None])
+    update = Update(range(len(prompts(tokenizer))), list(range(len(own))), divisor)
     calls, gradient = [], None
     block = actor.model.model.layers[0].mlp
     hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
     for _ in range(3):
-        train.backward(actor, batch, list(range(len(own))), divisor)
+        train.backward(actor, batch, update)
         if gradient is None:
             hook.remove()
             gradient = torch.cat([distributed.whole(p.grad).flatten() for p in actor.model.parameters()])

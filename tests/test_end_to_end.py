@@ -143,11 +143,11 @@ def watched(actor, *rest):
     keep(actor, *rest)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in actor.model.parameters())).hexdigest()
     open(os.path.join({out!r}, name + os.environ["RANK"]), "w").write(digest)
-def poisoned(actor, batch, rows, divisor):
+def poisoned(actor, batch, update):
     count.append(1)
     if name in ("nan", "inf") and len(count) == 2 and os.environ["RANK"] == "1":
         batch.advantage[3] = float(name)
-    return backward(actor, batch, rows, divisor)
+    return backward(actor, batch, update)
 def unlucky(self, **request):
     asked.append(1)
     if name == "server gone" and len(asked) == 3 and os.environ["RANK"] == "1":

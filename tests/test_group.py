@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes import smollm2, toy
 from reinforce.data import tokenize
-from reinforce.group import Judged, decoded, make_groups, response_ids, reward_request
+from reinforce.group import decoded, make_groups, response_ids, reward_request
+from reinforce.objective import Judged
 from reinforce.reward_model import query_ids
 from reinforce.sampler import Sampling, row_seed, sample
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from reinforce.loss import clipped_loss, normaliser, reinforce_loss, token_weights
-from reinforce.sampler import micro_batches
+from reinforce.rollout import micro_batches
 
 
 def case(seed=0, rows=7, width=5):

@@ -21,13 +21,13 @@ from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
 from recipes.fit import Plan
 from recipes.intervals import bootstrap, student, wilson
 from reinforce import lifecycle
-from reinforce.actor import set_up
 from reinforce.config import TrainConfig, parse
-from reinforce.experience import judge, rollout
 from reinforce.loss import reinforce_loss
 from reinforce.metrics import draw_curves
 from reinforce.policy import load_policy
 from reinforce.reward_model import load_reward_model
+from reinforce.setup import set_up
+from train import judge
 
 
 def recipe(module, *words, stdin=""):
@@ -230,10 +230,11 @@ def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
 def test_gradient_noise_equals_a_loop_over_prompts(small, server):
     config = parse(TrainConfig, "", [str(w) for w in [*data_flags(small, server), *SIZES]])
     with ExitStack() as stack:
-        actor, prompts, _ = set_up(config, stack)
-        got = compare.gradient_noise(actor, prompts[:5], ["rloo", "none"])
-        out = rollout(actor, prompts[:5], 2, compare.NOISE_STEP, actor.training, 64)
-        objective = judge(actor, prompts[:5], out).objective.view(5, 2)
+        actor, data = set_up(config, stack)
+        prompts = data.prompts[:5]
+        got = compare.gradient_noise(actor, prompts, ["rloo", "none"])
+        out = actor.sample(prompts, compare.NOISE_STEP)
+        objective = judge(actor, prompts, out).objective.view(5, 2)
     for name, advantage in (("rloo", compare.baselines.rloo(objective)), ("none", objective)):
         rows = []
         for p in range(5):

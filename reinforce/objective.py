@@ -1,0 +1,52 @@
+"""The objective that training maximises, and the rows that count.
+
+    R = r(x, y) - beta * KL - missing-EOS penalty of an unfinished response
+
+The KL is in the reward, before the baseline, and no gradient flows through it. By default it is k1 summed over the response,
+the one choice whose REINFORCE gradient is that of KL(pi || pi_ref); see `kl.py` for the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What B responses are worth."""
+
+    reward: Tensor  # (B,) float64, r
+    kl: Tensor | None  # (B,) float64, nats, as it is in the objective; None if beta = 0
+    objective: Tensor  # (B,) float64, R
+
+
+def objective(
+    reward: Tensor,
+    kl: Tensor | None,
+    beta: float,
+    finished: Tensor,
+    missing_eos_penalty: float | None = None,
+) -> Tensor:
+    """R of each response, all (B,) on one device; `kl` None stands for beta = 0.
+
+    >>> r, kl, finished = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), torch.tensor([True, False])
+    >>> objective(r, kl, 0.05, finished, missing_eos_penalty=0.5)
+    tensor([0.9000, 0.5000])
+    """
+    if kl is not None:
+        reward = reward - beta * kl
+    if missing_eos_penalty is not None:
+        reward = reward - missing_eos_penalty * (~finished).to(reward.dtype)
+    return reward
+
+
+def counted(finished: Tensor, truncated: str) -> Tensor:
+    """`valid` of each response, (B,) bool: all count, or with --truncated drop the finished ones.
+
+    Dropping is biased: with rloo it follows E[R | finished], with no baseline E[R * 1{finished}].
+
+    >>> counted(torch.tensor([True, False]), "drop")
+    tensor([ True, False])
+    """
+    return finished if truncated == "drop" else torch.ones_like(finished)

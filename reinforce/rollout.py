@@ -1,0 +1,96 @@
+"""B responses as tensors, and how their rows are cut into micro-batches: what the update works on.
+
+Which tokens belong to a response is a length, kept as a mask, and never read back from token ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B responses. Prompts are padded on the left, responses on the right, so column S is every row's first response token."""
+
+    prompt: Tensor  # (B, S) token ids
+    prompt_mask: Tensor  # (B, S) bool
+    response: Tensor  # (B, T) token ids, end token included
+    mask: Tensor  # (B, T) bool
+    logp: Tensor  # (B, T) float32, as sampled; 0 outside the mask
+    finished: Tensor  # (B,) bool: ended by an end token or an end string
+
+    @property
+    def length(self) -> Tensor:
+        """Response tokens per row, (B,)."""
+        return self.mask.sum(1)
+
+    @property
+    def total_length(self) -> Tensor:
+        """Tokens per row, prompt and response, (B,)."""
+        return self.prompt_mask.sum(1) + self.length
+
+    def take(self, rows: Sequence[int]) -> "Rollout":
+        """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
+        if not rows:
+            one = self.mask[:1, :1]
+            return Rollout(self.prompt[:1, -1:], torch.ones_like(one), self.response[:1, :1], torch.zeros_like(one),
+                           torch.zeros_like(self.logp[:1, :1]), self.finished[:1])  # fmt: skip
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
+        left = self.prompt.shape[1] - int(self.prompt_mask[index].sum(1).max())
+        right = int(self.mask[index].sum(1).max())
+        return Rollout(
+            self.prompt[index, left:], self.prompt_mask[index, left:], self.response[index, :right],
+            self.mask[index, :right], self.logp[index, :right], self.finished[index],
+        )  # fmt: skip
+
+
+def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of several batches as one, padded to the longest prompt and the longest response."""
+    s = max(r.prompt.shape[1] for r in rollouts)
+    t = max(r.response.shape[1] for r in rollouts)
+
+    def padded(name: str, left: bool, fill: float) -> Tensor:
+        parts = [getattr(r, name) for r in rollouts]
+        widths = [(s - p.shape[1], 0) if left else (0, t - p.shape[1]) for p in parts]
+        return torch.cat([nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)])
+
+    return Rollout(
+        padded("prompt", True, pad_id), padded("prompt_mask", True, False), padded("response", False, pad_id),
+        padded("mask", False, False), padded("logp", False, 0.0), torch.cat([r.finished for r in rollouts]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as the loss needs them."""
+
+    rollout: Rollout
+    advantage: Tensor  # (B,) float32
+    weight: Tensor  # (B, T) float32, w of the loss, 0 in rows that do not count
+    logp_old: Tensor | None = None  # (B, T), of the policy before the first of several optimizer steps
+    rows: Sequence[int] = ()  # of a part: its rows' numbers in the whole
+
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """Some of the rows; of no rows, one row of weight 0, for a rank that has none left while others have."""
+        part, at = self.rollout.take(rows), list(rows) or [0]
+        t = part.mask.shape[1]
+        weight = self.weight[at, :t] if rows else torch.zeros_like(self.weight[:1, :t])  # (b, T)
+        old = None if self.logp_old is None else self.logp_old[at, :t]  # (b, T)
+        return Batch(part, self.advantage[at], weight, old, rows)
+
+
+def micro_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
+
+    >>> micro_batches([9, 2, 3, 8], max_rows=3, max_tokens=20)
+    [[1, 2], [3, 0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * lengths[row] <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,185 @@
+"""A run, as the loop sees it: which steps are to come, what became of each, and what may never be lost.
+
+What has been updated is logged and saved whatever happens next: a server that is gone, a signal, the end of the time. Leaving
+the block of `with Run(...)` on a RetryError saves the finished steps. Inside the loop such errors come out of
+`distributed.together`, on every rank, and never between an update and `finished`, so that saving may need all ranks.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforce import checkpoint, distributed, optim
+from reinforce.actor import Actor
+from reinforce.baselines import Baseline
+from reinforce.data import Data
+from reinforce.errors import FailedError, RetryError
+from reinforce.group import Group, make_groups
+from reinforce.lifecycle import Stop
+from reinforce.metrics import Recorder, Silent, mean_reward, recorded, speed, summarise, summarise_updates, tell
+from reinforce.resume import Start
+from reinforce.update import Step, Summed, Update
+from reinforce.validation import validate
+
+
+class Run:
+    """The run folder and the state of a run. Every method is for every rank at the same time."""
+
+    def __init__(self, folder: Path, actor: Actor, data: Data, start: Start, stop: Stop) -> None:
+        """`folder` has been opened for this run, and `actor` loaded from `start`."""
+        self._folder, self._actor, self._data, self._start, self._stop = folder, actor, data, start, stop
+        self._config = actor.config
+        self._total = data.total_steps(self._config.max_steps, self._config.max_epochs)
+        self._done = self._saved = start.step  # finished steps, and those that the last checkpoint has
+        self._stopped: str | None = None
+        self._updates: list[tuple[Summed, float]] = []  # of the step that is going on, with the gradient's length
+        self._val_reward: float | None = None  # after the last finished step
+        self._held: tuple[dict[str, Any], list[Group], Tensor] | None = None  # the last step, not yet written
+        self._began = time.perf_counter()
+        self._recorder = (Silent if distributed.rank() else Recorder)(folder, self._total, self._done)
+        self._validated = distributed.together(lambda: set(recorded(folder)), only_first=True)  # steps
+
+    def __enter__(self) -> "Run":
+        """The block that is safe."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Save what is finished if the block ends in a RetryError; raise one if the run was stopped before its last step."""
+        if isinstance(error, RetryError):
+            self._save()
+        if error is None:
+            self._end()
+
+    def _end(self) -> None:
+        self._recorder.close()
+        if self._start.step >= self._total:
+            self._recorder.say(f"this run has all its {self._total} steps")
+        elif self._done < self._total:
+            raise RetryError(
+                f"stopped by {self._stopped} after step {self._done} of {self._total}; "
+                f"the same command with --log-dir {self._folder} goes on"
+            )
+        elif distributed.rank() == 0:
+            tell(self._data.held_out, self._folder)
+
+    def restore(self, optimizer: torch.optim.Optimizer, baseline: Baseline) -> None:
+        """Give optimizer and baseline their state at the checkpoint that this run goes on with; the model has it already."""
+        self._optimizer, self._baseline = optimizer, baseline
+        if self._start.folder is not None:
+            checkpoint.restore(self._start.folder, self._actor.model, optimizer)
+            baseline.restore(self._start.baseline)
+        if self._done:
+            self._recorder.say(f"going on after step {self._done} of {self._total}: {self._start.folder}")
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps to come, from 0, to the last one, or until a signal or the time limit."""
+        self._stop.in_loop = True
+        while self._done < self._total and self._stopped is None:
+            self._began = time.perf_counter()
+            self._actor.clock.read()
+            yield self._done
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of all optimizer steps of this step."""
+        c = self._config
+        min_lr = c.lr if c.min_lr is None else c.min_lr
+        return optim.learning_rate(step, self._total, c.lr, min_lr, c.warmup_steps, c.constant_steps)
+
+    def must_be_finite(self, made: Step, update: Update, sums: Summed, grad_norm: float) -> None:
+        """Raise FailedError, on every rank, if the gradient is not; nonfinite.jsonl then holds the responses.
+
+        Loss and length of the gradient are the same numbers on all ranks.
+        """
+        if math.isfinite(sums.loss + grad_norm):
+            return
+        bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
+        responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
+        self._recorder.accuse(made.number + 1, self._groups(made), update.prompts, responses.tolist())
+        raise FailedError(
+            f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: no update was made; "
+            f"the responses: {self._folder}/nonfinite.jsonl"
+        )
+
+    def updated(self, sums: Summed, grad_norm: float) -> None:
+        """One optimizer step was made."""
+        self._updates.append((sums, grad_norm))
+
+    def finished(self, made: Step) -> None:
+        """The step counts from now on. Its line in the logs waits for the validation that may follow."""
+        seconds = self._actor.clock.read()
+        seconds["update"] = time.perf_counter() - self._began - sum(seconds.values())
+        groups = self._groups(made)
+        greedy_tokens = 0 if made.greedy is None else int(made.greedy.length.sum())
+        updates = [(sums.loss, sums.clipped, norm) for sums, norm in self._updates]
+        metrics = {
+            "step": made.number + 1,
+            **summarise(groups, made.advantage.flatten().tolist()),
+            **summarise_updates(groups, updates, self.learning_rate(made.number), self._logprob_gap(made)),
+            **speed(groups, sum(distributed.gather([greedy_tokens])), seconds),
+            "prompts_seen": self._data.prompts_seen(made.number),
+            "epoch": self._data.epoch(made.number),
+        }
+        self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
+        self._done = made.number + 1
+        self._stopped = next((reason for reason in distributed.gather([self._stop.reason]) if reason), None)
+
+    def _groups(self, made: Step) -> list[Group]:
+        """All ranks' responses as text and numbers, in prompt order."""
+        rollout = made.batch.rollout
+        return distributed.gather(make_groups(self._actor.tokenizer, made.prompts, rollout, made.judged, made.valid))
+
+    def _logprob_gap(self, made: Step) -> float | None:
+        """Mean over responses of sum_t (sampler's - scorer's logp); None if nothing was scored."""
+        scored = made.batch.logp_old
+        if scored is None and self._updates:
+            scored = self._updates[0][0].logp  # the only optimizer step's
+        if scored is None:
+            return None
+        gap = (made.batch.rollout.logp - scored).sum(1).view(len(made.prompts), -1).sum(1)  # (p,)
+        return math.fsum(distributed.gather(gap.tolist())) / made.advantage.numel()
+
+    def validate_if_due(self) -> None:
+        """One response to each validation prompt, before the first step, at every --val-check-interval and at the end.
+
+        One that a server's failure has cost is made up for when the run goes on.
+        """
+        held_out, done = self._data.held_out, self._done
+        due = done == self._total or done % self._config.val_check_interval == 0
+        if not held_out or not due or done in self._validated:
+            return
+        groups = validate(self._actor, held_out)
+        self._val_reward = mean_reward(groups)[0]
+        if self._held is not None:
+            self._held[0]["val_reward"] = self._val_reward
+        self._write()
+        self._recorder.validated(done, groups)
+        self._validated.add(done)
+
+    def save_if_due(self) -> None:
+        """Write the step's lines, and at every --save-interval, at a stop and at the end a checkpoint."""
+        self._write()
+        interval = self._config.save_interval or self._config.val_check_interval
+        if self._done == self._total or self._stopped or self._done % interval == 0:
+            self._save()
+
+    def _write(self) -> None:
+        if self._held is not None:
+            metrics, groups, advantage = self._held
+            self._recorder.log(metrics, groups, advantage.flatten().tolist())
+            self._held = None
+
+    def _save(self) -> None:
+        if self._done == self._saved:
+            return
+        self._write()
+        self._recorder.sync()
+        state = {"val_reward": self._val_reward, "baseline": self._baseline.state, "bf16": self._actor.bf16}
+        model, tokenizer = self._actor.model, self._actor.tokenizer
+        checkpoint.save(self._folder, self._done, model, self._optimizer, tokenizer, state, self._config.save_top_k)
+        self._saved = self._done

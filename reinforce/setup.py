@@ -1,0 +1,186 @@
+"""From a command line to the actor: everything that can be wrong is checked first, cheapest first, then loaded.
+
+Order: flags, run folder, prompt files, the reward server, the tokenizer, and only then a model.
+"""
+
+import dataclasses
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+
+from reinforce import checkpoint, distributed, lifecycle, resume
+from reinforce import device as devices
+from reinforce.actor import Actor
+from reinforce.config import TrainConfig
+from reinforce.data import Data, Prompt, check_record, tokenize
+from reinforce.errors import ConfigError
+from reinforce.http import read_token
+from reinforce.logprobs import Scorer, head_is_plain
+from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
+from reinforce.records import read_records
+from reinforce.rm_client import RewardClient
+from reinforce.sampler import Sampling
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A command line that has been checked, and what it names."""
+
+    config: TrainConfig
+    device: torch.device
+    start: resume.Start
+    policy: str  # folder or hub id of the initial policy
+    policy_flag: str  # how errors name it
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    data: Data
+    client: RewardClient
+
+
+def load_prompts(
+    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str, data_flag: str
+) -> dict[str, list[Prompt]]:
+    """Tokenized prompts of each file; says how many were too long. Raises ConfigError where context or ranks do not fit."""
+    room = context_length(policy)
+    if room is not None and room <= config.max_new_tokens:
+        raise ConfigError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in this model's {room} positions")
+    longest = config.max_prompt_length if room is None else min(config.max_prompt_length, room - config.max_new_tokens)
+    prompts = {}
+    for name, lines in records.items():
+        prompts[name], dropped = tokenize(lines, tokenizer, longest, name)
+        if dropped and distributed.rank() == 0:
+            print(f"{name}: left out {dropped} prompts longer than {longest} tokens (--max-prompt-length)")
+    world, count = distributed.world_size(), len(prompts[data_flag])
+    left = count % config.num_rollout_samples  # prompts of an epoch's last step
+    if 0 < left < world and (config.max_steps is None or config.max_steps > count // config.num_rollout_samples):
+        raise ConfigError(
+            f"--num-rollout-samples {config.num_rollout_samples} leaves {left} of {count} prompts for an epoch's last step, "
+            f"too few for {world} ranks: give another number, or drop {left} prompts"
+        )
+    return prompts
+
+
+def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data") -> Inputs:
+    """Everything but the models; starts the toy's server if there is no other (it ends with `stack`).
+
+    The two flags are how errors name policy and prompts.
+    """
+    device = devices.pick(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if config.policy is None and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
+    if config.num_rollout_samples < distributed.world_size():
+        raise ConfigError(
+            f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the {distributed.world_size()} ranks: "
+            "give one for each at least"
+        )
+    if config.deterministic:
+        devices.only_deterministic()
+    distributed.start(device, alone=config.parallel == "fsdp")
+    run = None if config.log_dir is None else Path(config.log_dir)
+    start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
+    policy, train_data, val_data = config.policy, config.train_data, config.val_data
+    if policy is None or train_data is None:
+        from recipes.toy import prepare
+
+        toy = distributed.together(lambda: str(prepare()), only_first=True)
+        policy, train_data, val_data = f"{toy}/policy", f"{toy}/train.jsonl", val_data or f"{toy}/validation.jsonl"
+    records = {}
+    for name, source in ((data_flag, train_data), ("--val-data", val_data)):
+        if source is not None:
+            records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
+            if bad and distributed.rank() == 0:
+                print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
+    host, port = config.rm_host, config.rm_port
+    if host is None or port is None:
+        host, port = distributed.together(lambda: stack.enter_context(lifecycle.toy_server()), only_first=True)
+        if distributed.rank() == 0:
+            print(f"reward server: http://{host}:{port}")
+    client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
+    client.connect(config.rm_wait)
+
+    tokenizer = load_tokenizer(policy, policy_flag)
+    ends = end_tokens(policy, tokenizer, policy_flag)
+    prompts = load_prompts(config, tokenizer, records, policy, data_flag)
+    data = Data(prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed)
+    return Inputs(config, device, start, policy, policy_flag, tokenizer, ends, data, client)
+
+
+def load(inputs: Inputs) -> Actor:
+    """The models, on their devices: the policy from the checkpoint that the run goes on with, if there is one."""
+    config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
+    sharded = config.parallel == "fsdp"
+    place = torch.device("cpu") if sharded else device  # a whole model may not fit the device that takes a shard of it
+    source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
+    model = load_policy(source, tokenizer, place, flag=inputs.policy_flag)
+    size = sum(w.numel() for w in model.parameters())
+    bf16 = devices.use_bf16(config.precision, device, size)
+    if inputs.start.bf16 not in (None, bf16):
+        raise ConfigError(f"--precision: this run began in {'bf16' if inputs.start.bf16 else 'fp32'}; give it that one again")
+    plain = head_is_plain(model)
+    if not plain and distributed.rank() == 0:
+        print(f"--policy {source}: this model does more than apply its head to hidden states; scoring with whole logits")
+    if config.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
+        hf = cast(Any, model)  # transformers 5.23 has another name for it than 5.17
+        getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
+    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
+    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)  # before the reference: a rank then holds one whole model
+    reference = None
+    if config.initial_policy_kl_penalty > 0:
+        half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
+        frozen = load_policy(inputs.policy, tokenizer, place, frozen_dtype=torch.bfloat16 if half else torch.float32)
+        scored_by = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(place)
+        reference = distributed.wrap(scored_by, device, config.parallel, bf16)
+    training = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, config.min_new_tokens,
+                        config.end_strings, tokenizer.decode)  # fmt: skip
+    validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,
+                                     top_k=config.val_top_k, top_p=config.val_top_p)  # fmt: skip
+    actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16)
+    if distributed.rank() == 0:
+        name = os.path.relpath(source) if Path(source).is_dir() else source
+        ranks = f"{distributed.world_size()} ranks{' (fsdp)' if sharded else ''}"
+        print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {ranks}")
+        print(f"{name}, {size / 1e6:.1f}M parameters · {len(inputs.data.prompts)} prompts · baseline {config.baseline}")
+    return actor
+
+
+def set_up(
+    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
+) -> tuple[Actor, Data]:
+    """`check` and `load` for a script that keeps no run folder."""
+    inputs = check(config, stack, policy_flag, data_flag)
+    return load(inputs), inputs.data
+
+
+def open_run_folder(inputs: Inputs) -> Path:
+    """The run folder, the same on every rank, with config.json in it. Raises ConfigError if it holds another run.
+
+    Of a run that goes on, the logs are cut back to the step of its checkpoint, and what a killed process left is removed.
+    """
+    config, data = inputs.config, inputs.data
+
+    def opened() -> Path:
+        decays = config.min_lr not in (None, config.lr)  # then the rate depends on where the run is to end
+        own = resume.identity(
+            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
+            prompts=resume.digest([[p.ids, p.text, p.label] for p in data.prompts]),
+            held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
+            total_steps=data.total_steps(config.max_steps, config.max_epochs) if decays else None,
+        )  # fmt: skip
+        folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
+        resume.admit(folder, own)
+        checkpoint.sweep(folder)
+        checkpoint.set_aside(folder, inputs.start.step)
+        resume.cut_back(folder, inputs.start.step)
+        facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}
+        (folder / "config.json").write_text(json.dumps(facts, indent=2))
+        return folder
+
+    return distributed.together(opened, only_first=True)
