@@ -16,23 +16,25 @@ division by the group's deviation, the division by a response's length, and KL a
 import faulthandler
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
 import transformers
 
-from reinforce import baselines, distributed, lifecycle, optim
-from reinforce.actor import Actor
-from reinforce.config import TrainConfig, parse, seconds
-from reinforce.data import Data, Prompt
+from recipes import toy
+from reinforce import baselines, optim
+from reinforce.data.prompts import Data
+from reinforce.flags import parse
 from reinforce.kl import KL, per_response
 from reinforce.loss import clipped_loss, reinforce_loss, token_weights
 from reinforce.objective import Judged, counted, objective
 from reinforce.rollout import Batch, Rollout
-from reinforce.run import Run
-from reinforce.setup import check, load, open_run_folder
-from reinforce.update import Step, Summed, Sums, Update, plan_updates
+from reinforce.run import distributed, exits, setup
+from reinforce.run.actor import Actor
+from reinforce.run.config import TrainConfig
+from reinforce.run.run import Run
+from reinforce.run.update import Step, Summed, Sums, Update, plan_updates
+from reinforce.text import Prompt
 
 
 def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout) -> Judged:
@@ -113,30 +115,23 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         run.save_if_due()
 
 
+def start(life: exits.Life) -> None:
+    """Everything that can be wrong is checked first, cheapest first; then the models are loaded, and the loop runs."""
+    given = parse(TrainConfig, __doc__)
+    begun = setup.begin(given)
+    config = toy.stand_in(given, life.stack)
+    inputs = setup.check(config, begun)
+    life.folder = setup.open_run_folder(inputs, "toy" if given.policy is None else Path(given.policy).name)
+    actor = setup.load(inputs)
+    with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:
+        train(actor, inputs.data, run)
+
+
 def main() -> None:
-    """Command line; the exit code is lifecycle's."""
+    """Command line; what an exit code means is in exits.py."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    given = lifecycle.log_dir_of(sys.argv)
-    folders: list[Path | None] = [given if distributed.rank() else None]
-
-    def body() -> None:
-        stop = lifecycle.Stop()
-        with ExitStack() as stack:
-            if given is not None and distributed.rank() == 0:
-                stack.enter_context(lifecycle.claimed(given))
-                folders[:] = [given]
-            config = parse(TrainConfig, __doc__)
-            stop.limit = None if config.max_time_per_run is None else seconds(config.max_time_per_run)
-            inputs = check(config, stack)
-            inputs.client.stopped = lambda: stop.reason is not None
-            folder = open_run_folder(inputs)
-            folders[:] = [folder]
-            actor = load(inputs)
-            with Run(folder, actor, inputs.data, inputs.start, stop) as run:
-                train(actor, inputs.data, run)
-
-    sys.exit(lifecycle.run(body, lambda: folders[0]))
+    sys.exit(exits.run_in_folder(start))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import matplotlib.pyplot  # noqa: F401  a life draws its curves at the end; and 
 
 import train
 from recipes import toy
-from reinforce import checkpoint, lifecycle
+from reinforce.run import checkpoint
 
 STEPS = 6
 BASELINES = ("rloo", "ema", "remax")
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
     wrong = False
-    with lifecycle.toy_server(batch=1) as address:
+    with toy.server(batch=1) as address:
         for ranks, kills in zip(args.ranks, args.kills * len(args.ranks), strict=False):
             with tempfile.TemporaryDirectory() as place:
                 tally = Tally(Path(place), address, ranks)

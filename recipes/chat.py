@@ -17,13 +17,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reinforce import device as devices
-from reinforce.config import flag, parse, refuse
-from reinforce.data import tokenize
+from reinforce.data.prompts import tokenize
 from reinforce.errors import ConfigError
-from reinforce.group import decoded, response_ids
-from reinforce.lifecycle import run
+from reinforce.flags import flag, parse, refuse
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
+from reinforce.run.exits import run
 from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.text import decoded, response_ids
 
 
 @dataclass(frozen=True)

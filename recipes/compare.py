@@ -33,13 +33,16 @@ if __name__ == "__main__":
 
 from recipes import toy
 from recipes.intervals import student
-from reinforce import baselines, distributed, lifecycle
-from reinforce.actor import Actor
-from reinforce.config import BASELINES, TrainConfig, flag, parse, refuse
-from reinforce.data import Prompt
+from reinforce import baselines
 from reinforce.errors import ConfigError, FailedError
+from reinforce.flags import flag, parse, refuse
 from reinforce.policy import load_policy
-from reinforce.setup import set_up
+from reinforce.run import distributed, exits
+from reinforce.run.actor import Actor
+from reinforce.run.config import BASELINES, TrainConfig
+from reinforce.run.folder import new_folder, new_run_folder
+from reinforce.run.setup import set_up
+from reinforce.text import Prompt
 from train import judge
 
 Lines = list[dict[str, Any]]  # metrics.jsonl of a run
@@ -169,15 +172,14 @@ def measure_noise(settings: TrainConfig, config: Config, trained: Path) -> Noise
     """Of the initial policy, and of a trained one: a dictionary a seed."""
     found: Noise = {"initial": [], "trained": []}
     for seed in range(config.seeds):
-        with ExitStack() as stack:
-            actor, data = set_up(dataclasses.replace(settings, seed=seed), stack)
-            prompts = data.prompts
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-            some = [prompts[i] for i in order[: config.noise_prompts]]
-            found["initial"].append(gradient_noise(actor, some, config.baselines))
-            source = load_policy(str(trained), actor.tokenizer, actor.device)
-            actor.model.load_state_dict(source.state_dict())
-            found["trained"].append(gradient_noise(actor, some, config.baselines))
+        actor, data = set_up(dataclasses.replace(settings, seed=seed))
+        prompts = data.prompts
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        some = [prompts[i] for i in order[: config.noise_prompts]]
+        found["initial"].append(gradient_noise(actor, some, config.baselines))
+        source = load_policy(str(trained), actor.tokenizer, actor.device)
+        actor.model.load_state_dict(source.state_dict())
+        found["trained"].append(gradient_noise(actor, some, config.baselines))
     return found
 
 
@@ -259,12 +261,12 @@ def main() -> None:
     if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
         raise ConfigError("the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0")
     if config.log_dir is not None:
-        lifecycle.new_folder(config.log_dir, "--log-dir")
-    folder = lifecycle.new_run_folder(config.log_dir, "compare")
+        new_folder(config.log_dir, "--log-dir")
+    folder = new_run_folder(config.log_dir, "compare")
     with ExitStack() as stack:
         if config.policy is None:
             prepared = toy.prepare()
-            address = stack.enter_context(lifecycle.toy_server())
+            address = stack.enter_context(toy.server())
             config = dataclasses.replace(config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl"))
         else:
             address = (str(config.rm_host), int(config.rm_port or 0))
@@ -299,4 +301,4 @@ def data_flags(config: Config, address: tuple[str, int]) -> list[str]:
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    sys.exit(lifecycle.run(main, name="recipes/compare.py"))
+    sys.exit(exits.run(main, name="recipes/compare.py"))

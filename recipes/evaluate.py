@@ -26,17 +26,19 @@ if __name__ == "__main__":
 
 from recipes import toy
 from recipes.intervals import bootstrap
-from reinforce import kl, lifecycle
-from reinforce.actor import Actor
-from reinforce.config import TrainConfig, flag, parse, refuse
-from reinforce.data import Prompt
+from reinforce import kl
 from reinforce.errors import ConfigError
-from reinforce.group import Group, make_groups
+from reinforce.flags import flag, parse, refuse
 from reinforce.logprobs import Scorer
-from reinforce.metrics import distinct, mean_and_error, mean_reward
 from reinforce.objective import Judged
 from reinforce.policy import load_policy
-from reinforce.setup import set_up
+from reinforce.run import exits
+from reinforce.run.actor import Actor
+from reinforce.run.config import TrainConfig
+from reinforce.run.group import Group, make_groups
+from reinforce.run.metrics import distinct, mean_and_error, mean_reward
+from reinforce.run.setup import set_up
+from reinforce.text import Prompt
 
 OVERRIDES = ("temperature", "max_new_tokens", "rm_wait", "seed", "device", "precision", "skip_bad_lines")
 STEP = -2  # of evaluation's random numbers: neither training's nor validation's
@@ -88,7 +90,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         folder = toy.prepare()
         initial, test = initial or str(folder / "policy"), test or str(folder / "validation.jsonl")
         if host is None:
-            host, port = stack.enter_context(lifecycle.toy_server())
+            host, port = stack.enter_context(toy.server())
     if test is None:
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
@@ -181,7 +183,7 @@ def main() -> None:
     config = parse(Config, __doc__)
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
-        initial, data = set_up(settings, stack, "--initial-policy", "--test-data")
+        initial, data = set_up(settings, "--initial-policy", "--test-data")
         prompts = data.prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
@@ -202,4 +204,4 @@ def main() -> None:
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    sys.exit(lifecycle.run(main, name="recipes/evaluate.py"))
+    sys.exit(exits.run(main, name="recipes/evaluate.py"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reinforce.data import step_prompts, steps_per_epoch
+from reinforce.data.prompts import step_prompts, steps_per_epoch
 from reinforce.errors import FailedError
 from reinforce.optim import adamw, clip, learning_rate, set_learning_rate
 from reinforce.rollout import micro_batches

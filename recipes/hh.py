@@ -19,10 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from reinforce.config import TrainConfig, parse  # noqa: E402
+from reinforce.data.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
 from reinforce.errors import ConfigError  # noqa: E402
-from reinforce.lifecycle import run  # noqa: E402
-from reinforce.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
+from reinforce.flags import parse  # noqa: E402
+from reinforce.run.config import TrainConfig  # noqa: E402
+from reinforce.run.exits import run  # noqa: E402
 
 HELD_OUT = 1 / 3
 VALIDATION = 32

@@ -23,15 +23,16 @@ if __name__ == "__main__":
 
 from recipes.fit import Plan, fit
 from reinforce import device as devices
-from reinforce.config import flag, parse, refuse
-from reinforce.data import encode, render
+from reinforce.data.preferences import Messages, conversation, side
+from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
-from reinforce.lifecycle import new_folder, run
+from reinforce.flags import flag, parse, refuse
 from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer, with_template
-from reinforce.preferences import Messages, conversation, side
-from reinforce.records import BadLineError, read_records
+from reinforce.run.exits import run
+from reinforce.run.folder import new_folder
 from reinforce.sampler import left_pad
+from reinforce.text import encode, render
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_examples")
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer, end token included

@@ -9,14 +9,20 @@ was preferred, through a reward model, and can therefore fool it: a text that th
 """
 
 import argparse
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,8 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import sft, train_rm  # noqa: E402
 from recipes.fit import Plan  # noqa: E402
+from reinforce.run import distributed  # noqa: E402
+from reinforce.run.config import TrainConfig  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
 PEOPLE = [
@@ -128,7 +136,7 @@ def holds(policy: str) -> bool:
 def prepare() -> Path:
     """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
     parts = ("recipes/toy", "recipes/sft", "recipes/train_rm", "recipes/fit", "reinforce/sampler", "reinforce/logprobs",
-             "reinforce/reward_model", "reinforce/optim")  # fmt: skip
+             "reinforce/serving/reward_model", "reinforce/optim")  # fmt: skip
     sources = [ROOT / f"{p}.py" for p in parts]  # what the toy is made with
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     folder = ROOT / "cache" / f"toy-{stamp}"
@@ -145,6 +153,53 @@ def prepare() -> Path:
             shutil.rmtree(partial)
         print(f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}", file=sys.stderr, flush=True)
     return folder
+
+
+def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
+    """train.py's settings with the toy's policy, prompts and reward server if none are named; the server ends with `stack`.
+
+    Every rank calls it, rank 0 prepares and serves.
+    """
+    if config.policy is not None:
+        return config
+    folder = distributed.together(lambda: str(prepare()), only_first=True)
+    host, port = distributed.together(lambda: stack.enter_context(server()), only_first=True)
+    if distributed.rank() == 0:
+        print(f"reward server: http://{host}:{port}")
+    return dataclasses.replace(
+        config, policy=f"{folder}/policy", train_data=f"{folder}/train.jsonl",
+        val_data=config.val_data or f"{folder}/validation.jsonl", rm_host=host, rm_port=port,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
+    """serve_rm.py with the toy's reward model on a free loopback port; ends with this block, or with this process.
+
+    `batch` is its --inference-micro-batch-size; at 1 a reward depends on its text alone, bitwise.
+    """
+    model = prepare() / "reward_model"
+    with tempfile.TemporaryDirectory() as place, (Path(place) / "server.log").open("w+") as log:
+        ready = Path(place) / "ready"
+        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-model", str(model), "--ready-file", str(ready),
+                   "--exit-with-parent", "--inference-micro-batch-size", str(batch)]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        try:
+            end = time.monotonic() + wait
+            while not ready.exists():
+                if server.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"the toy's reward server did not start: {log.read()[-2000:]}")
+                time.sleep(0.05)
+            host, port = ready.read_text().split()
+            yield host, int(port)
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def build(folder: Path) -> str:

@@ -25,12 +25,13 @@ if __name__ == "__main__":
 from recipes.fit import Plan, fit
 from recipes.intervals import wilson
 from reinforce import device as devices
-from reinforce.config import flag, parse, refuse
+from reinforce.data.preferences import Preference, read_pairs, split_by_opening
 from reinforce.errors import ConfigError
-from reinforce.lifecycle import new_folder, run
+from reinforce.flags import flag, parse, refuse
 from reinforce.policy import context_length, load_tokenizer, with_template
-from reinforce.preferences import Preference, read_pairs, split_by_opening
-from reinforce.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
+from reinforce.run.exits import run
+from reinforce.run.folder import new_folder
+from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of prompt and response: the chosen one, the rejected one

@@ -1,5 +1,9 @@
 """REINFORCE for language models, one concept a file.
 
+Read in this order, and stop after the eighth:
+
+    train.py · baselines · kl · objective · loss · sampler · logprobs · run/actor.py
+
 Notation, the same in every file:
 
     P  prompts of a step            K  responses per prompt        B = P*K rows; row b belongs to prompt b // K
@@ -11,5 +15,10 @@ Notation, the same in every file:
     reward    (P, K)  what the reward model says               objective (P, K)  R = reward - beta * KL
     advantage (P, K)  A = R - baseline(R)
 
-Imports point one way: maths (torch alone) <- files that touch a model <- input and output <- scripts.
+Four shelves; imports point one way, and tests/test_house.py holds them to it:
+
+    reinforce/          the update, and what it is made of: imports torch, transformers and itself
+    reinforce/data/     lines in, prompts out: may import the first
+    reinforce/serving/  the reward endpoint: may import the first
+    reinforce/run/      what makes a run safe: may import all of these
 """

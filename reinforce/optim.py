@@ -8,8 +8,6 @@ import math
 import torch
 from torch import nn
 
-from reinforce import distributed
-
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
@@ -40,7 +38,7 @@ def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, 
 def clip(model: nn.Module, max_norm: float) -> float:
     """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before, over all ranks' shards."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(distributed.whole(norm))
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of FSDP's shards, every rank asks
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

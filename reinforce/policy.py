@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reinforce.errors import ConfigError
-from reinforce.preferences import TEMPLATE
+from reinforce.text import TEMPLATE
 
 
 def announce(name: str, flag: str) -> None:

@@ -2,37 +2,24 @@
 
 What another try can cure (a refused or cut connection, a time-out, 408, 429, 502, 503, 504) is tried again, with growing
 pauses, until a total deadline; everything else ends the run at once. Scoring is a pure function of the text, so trying again
-is safe. `http.client` follows neither redirects nor proxy settings. Left out: TLS (see http.py).
+is safe.
 """
 
 import http.client
 import json
 import math
 import random
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.errors import ConfigError, FailedError, RetryError
+from reinforce.errors import ConfigError, RetryError
+from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
 
 RETRIED = (408, 429, 502, 503, 504)
-MAX_REPLY = 64 << 20  # bytes
 PROBE = "hello"
-
-
-class RewardError(FailedError):
-    """The server answered, and the answer cannot be used: trying again would not help."""
-
-
-class _TryAgainError(Exception):
-    """A failure that another try may cure; `pause` is the server's Retry-After, seconds."""
-
-    def __init__(self, message: str, pause: float = 0.0) -> None:
-        super().__init__(message)
-        self.pause = pause
 
 
 class ForeignServiceError(RewardError):
@@ -57,10 +44,9 @@ class RewardClient:
     ) -> None:  # fmt: skip
         """`timeout` is for one try, `deadline` for all tries of one request, both in seconds."""
         self.url = f"http://{host}:{port}"
-        self._address = (host, port)
-        self._token, self._fingerprint, self._timeout, self._deadline = token, fingerprint, timeout, deadline
+        self._fingerprint, self._timeout, self._deadline = fingerprint, timeout, deadline
+        self._connection = Connection(host, port, token, self._check_same_model)
         self.stopped: Callable[[], bool] = lambda: False  # once it is true, no request is tried again
-        self._connection: http.client.HTTPConnection | None = None
         self._info: ServerInfo | None = None
         self._requests = 0
 
@@ -81,7 +67,7 @@ class RewardClient:
                 return self._info
             except ForeignServiceError as error:
                 raise ConfigError(f"--rm-host/--rm-port: {self.url} is not a reward server ({error})") from error
-            except _TryAgainError as error:
+            except TryAgainError as error:
                 if wait <= 0:
                     raise ConfigError(
                         f"--rm-host/--rm-port: no reward server at {self.url} ({error}); start one with serve_rm.py, "
@@ -126,7 +112,7 @@ class RewardClient:
         while True:
             try:
                 return self._validate(self._call("POST", "/get_reward", request, end), request_id, expected)
-            except _TryAgainError as error:
+            except TryAgainError as error:
                 pause = min(30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
                 tries += 1
                 if self.stopped():
@@ -139,13 +125,14 @@ class RewardClient:
     def _handshake(self) -> ServerInfo:
         end = time.monotonic() + min(self._timeout, 10.0)
         try:
-            status, kind, body = self._exchange("GET", "/info", None, end)
+            reply = self._exchange("GET", "/info", None, end)
+            status, kind = reply.status, reply.kind
             if status == 503:
-                raise _TryAgainError("503, not ready")
+                raise TryAgainError("503, not ready")
             if status == 401:
                 raise ConfigError(f"reward server {self.url} wants a token: set RM_TOKEN or RM_TOKEN_FILE")
             if status == 200 and kind == "application/json":
-                info = _parse_info(body)
+                info = _parse_info(reply.body)
                 if info is not None:
                     return self._pin(info)
             return self._probe(status, kind, end)
@@ -176,101 +163,36 @@ class RewardClient:
 
     def _check_same_model(self, limit: float) -> None:
         """Behind a new connection there may be a restarted server: it must serve the model that it served before."""
-        status, kind, body = self._exchange("GET", "/info", None, limit)
-        if status in RETRIED:
-            raise _TryAgainError(f"HTTP {status}", self._retry_after)
-        info = _parse_info(body) if status == 200 and kind == "application/json" else None
+        if self._info is None or self._info.fingerprint is None:
+            return
+        reply = self._exchange("GET", "/info", None, limit)
+        if reply.status in RETRIED:
+            raise TryAgainError(f"HTTP {reply.status}", reply.pause)
+        info = _parse_info(reply.body) if reply.status == 200 and reply.kind == "application/json" else None
         if info is None:
-            raise RewardError(f"reward server {self.url} no longer shows which model it serves (/info: HTTP {status})")
+            raise RewardError(f"reward server {self.url} no longer shows which model it serves (/info: HTTP {reply.status})")
         self._pin(info)
 
     def _call(self, method: str, path: str, payload: Any, end: float) -> Any:
-        """One request and its JSON reply. Raises _TryAgainError or RewardError."""
+        """One request and its JSON reply. Raises TryAgainError or RewardError."""
         try:
-            status, kind, body = self._exchange(method, path, payload, end)
+            reply = self._exchange(method, path, payload, end)
         except http.client.HTTPException as error:
-            raise _TryAgainError(f"not an HTTP reply ({type(error).__name__})") from error
-        if status in RETRIED:
-            raise _TryAgainError(f"HTTP {status}", self._retry_after)
-        if status != 200:
-            raise RewardError(f"{self.url}{path} answered HTTP {status}: {body[:200].decode('utf-8', 'replace')!r}")
-        if kind != "application/json":
-            raise RewardError(f"{self.url}{path} answered {kind or 'without a type'}, not application/json")
+            raise TryAgainError(f"not an HTTP reply ({type(error).__name__})") from error
+        if reply.status in RETRIED:
+            raise TryAgainError(f"HTTP {reply.status}", reply.pause)
+        if reply.status != 200:
+            raise RewardError(f"{self.url}{path} answered HTTP {reply.status}: {reply.body[:200].decode('utf-8', 'replace')!r}")
+        if reply.kind != "application/json":
+            raise RewardError(f"{self.url}{path} answered {reply.kind or 'without a type'}, not application/json")
         try:
-            return json.loads(body)
+            return json.loads(reply.body)
         except (ValueError, RecursionError) as error:
-            raise _TryAgainError("the reply is cut short or not JSON") from error
+            raise TryAgainError("the reply is cut short or not JSON") from error
 
-    def _exchange(self, method: str, path: str, payload: Any, end: float) -> tuple[int, str, bytes]:
-        """Status, content type and body of one HTTP exchange within the time of one try. Raises _TryAgainError."""
-        limit = min(end, time.monotonic() + self._timeout)
-        body = None if payload is None else json.dumps(payload, allow_nan=False).encode()
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        for fresh in (False, True):  # a kept connection that the server closed meanwhile is no failure of the server
-            reused = self._connection is not None
-            if not reused and body is not None and self._info is not None and self._info.fingerprint is not None:
-                self._check_same_model(limit)
-            try:
-                connection = self._connected(limit)
-                connection.request(method, path, body, headers)
-                response = connection.getresponse()
-                data = self._read(response, connection, limit)
-            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
-                self._close()
-                if reused and not fresh:
-                    continue
-                raise _TryAgainError(f"connection closed ({type(error).__name__})") from error
-            except http.client.IncompleteRead as error:
-                self._close()
-                raise _TryAgainError("the reply was cut short") from error
-            except http.client.HTTPException:
-                self._close()
-                raise
-            except OSError as error:
-                self._close()
-                raise _TryAgainError(str(error) or type(error).__name__) from error
-            kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
-            after = response.getheader("Retry-After") or ""
-            self._retry_after = float(after) if after.isdigit() else 0.0
-            if response.will_close:
-                self._close()
-            return response.status, kind, data
-        raise AssertionError("unreachable")
-
-    def _connected(self, limit: float) -> http.client.HTTPConnection:
-        timeout = max(0.001, limit - time.monotonic())
-        if self._connection is None:
-            self._connection = http.client.HTTPConnection(*self._address, timeout=timeout)
-            self._connection.connect()
-            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection.sock.settimeout(timeout)
-        return self._connection
-
-    def _read(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, limit: float) -> bytes:
-        """The body, within a total time: a socket's time-out alone would start anew with every byte of a slow drip."""
-        parts, size = [], 0
-        while part := response.read1(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_REPLY:
-                self._close()
-                raise RewardError(f"the reply of {self.url} is longer than {MAX_REPLY} bytes")
-            left = limit - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("the reply did not arrive in time")
-            if connection.sock is not None:
-                connection.sock.settimeout(left)
-        if response.length:
-            raise http.client.IncompleteRead(b"", response.length)
-        response.close()  # read1 leaves a whole answer open, and the connection busy
-        return b"".join(parts)
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+    def _exchange(self, method: str, path: str, payload: Any, end: float) -> Reply:
+        """One exchange within the time of one try."""
+        return self._connection.exchange(method, path, payload, min(end, time.monotonic() + self._timeout))
 
     def _validate(self, reply: Any, request_id: str | None, expected: int) -> list[float]:
         """The rewards of a reply, if it is exactly what was asked for. Raises RewardError."""

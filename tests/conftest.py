@@ -121,7 +121,7 @@ def train_here(*words, **extra):
     text = io.StringIO()
     code = 0
     with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["train.py", *map(str, words)]),
-          mock.patch.dict(os.environ, {k: str(v) for k, v in extra.items()}), mock.patch("reinforce.metrics.draw_curves")):  # fmt: skip
+          mock.patch.dict(os.environ, {k: str(v) for k, v in extra.items()}), mock.patch("reinforce.run.recorder.draw_curves")):  # fmt: skip
         try:
             train.main()
         except SystemExit as done:

@@ -12,15 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from recipes import toy
-from reinforce import distributed
-from reinforce.config import TrainConfig
-from reinforce.data import Data, Prompt
-from reinforce.group import response_ids
+from reinforce.data.prompts import Data
 from reinforce.loss import normaliser, token_weights
-from reinforce.resume import Start
 from reinforce.rollout import Batch, Rollout
-from reinforce.setup import Inputs, load
-from reinforce.update import Update
+from reinforce.run import distributed
+from reinforce.run.config import TrainConfig
+from reinforce.run.resume import Start
+from reinforce.run.setup import Inputs, load
+from reinforce.run.update import Update
+from reinforce.text import Prompt, response_ids
 
 K = 2
 VARIANTS = {  # flags, and what is done to the update

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from reinforce.batcher import Batcher, NotFiniteError
+from reinforce.serving.batcher import Batcher, NotFiniteError
 
 
 def soon():
@@ -93,7 +93,7 @@ def test_a_full_queue_takes_a_whole_request_or_nothing_and_late_requests_are_not
 def test_a_dead_worker_ends_the_process():
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from reinforce.batcher import Batcher\n"
+        "from reinforce.serving.batcher import Batcher\n"
         "b = Batcher(lambda items: (_ for _ in ()).throw(SystemExit), size=int, batch_size=1)\n"
         "b.submit([1], time.monotonic() + 9); time.sleep(20)\n"
     )

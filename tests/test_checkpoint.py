@@ -8,7 +8,7 @@ from conftest import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from recipes import toy
-from reinforce import checkpoint
+from reinforce.run import checkpoint
 
 
 def save(run, step, reward, keep=1):

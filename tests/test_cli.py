@@ -8,9 +8,11 @@ from conftest import metrics, script, tiny_llama, train_here
 from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from recipes import toy
-from reinforce.config import ServeConfig, TrainConfig, parse
 from reinforce.errors import ConfigError
+from reinforce.flags import parse
 from reinforce.policy import end_tokens, load_policy, load_tokenizer
+from reinforce.run.config import TrainConfig
+from reinforce.serving.config import ServeConfig
 
 HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
 

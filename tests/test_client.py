@@ -9,7 +9,8 @@ import time
 import pytest
 
 from reinforce.errors import ConfigError, RetryError
-from reinforce.rm_client import RewardClient, RewardError
+from reinforce.rm_client import RewardClient
+from reinforce.rm_connection import RewardError
 
 INFO = {"model": "m", "fingerprint": "f" * 64, "max_texts": 3}
 
@@ -192,7 +193,7 @@ def test_a_server_that_no_longer_shows_its_model_ends_the_run_and_a_garbled_repl
     s = server(garbled, good)
     c = client(s, deadline=10)
     assert c.rewards(query=["abc"]) == [3.0]
-    c._close()
+    c._connection._close()
     s.info = reply(b"<html>", 404, "text/html")
     with pytest.raises(RewardError, match="no longer shows"):
         c.rewards(query=["abc"])

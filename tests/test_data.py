@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 
 from recipes import toy
-from reinforce.data import check_record, encode, step_prompts, steps_per_epoch, tokenize
+from reinforce.data.prompts import check_record, step_prompts, steps_per_epoch, tokenize
+from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
-from reinforce.records import read_records
+from reinforce.text import encode
 
 GOOD = b'{"prompt": "anna on the pizza in rome :"}\n'
 

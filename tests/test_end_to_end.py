@@ -15,8 +15,8 @@ from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reinforce.baselines import rloo
-from reinforce.config import BASELINES
-from reinforce.data import step_prompts
+from reinforce.data.prompts import step_prompts
+from reinforce.run.config import BASELINES
 
 KEYS = [
     "step",

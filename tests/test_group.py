@@ -8,11 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recipes import smollm2, toy
-from reinforce.data import tokenize
-from reinforce.group import decoded, make_groups, response_ids, reward_request
+from reinforce.data.prompts import tokenize
 from reinforce.objective import Judged
-from reinforce.reward_model import query_ids
+from reinforce.run.group import make_groups
 from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.serving.reward_model import query_ids
+from reinforce.text import decoded, response_ids, reward_request
 
 
 def rollout(tokenizer, records, k=16, pad_id=None):

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from reinforce.data import check_record
+from reinforce.data.preferences import parse_dialogue, parse_pair, read_pairs, split_by_opening
+from reinforce.data.prompts import check_record
+from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
-from reinforce.preferences import TEMPLATE, parse_dialogue, parse_pair, read_pairs, split_by_opening
-from reinforce.records import BadLineError, read_records
+from reinforce.text import TEMPLATE
 
 
 def dialogue(*turns):

@@ -122,7 +122,8 @@ def test_every_flag_in_the_readme_and_in_launch_exists():
     import dataclasses
 
     from recipes import chat, compare, evaluate, sft, train_rm
-    from reinforce.config import ServeConfig, TrainConfig
+    from reinforce.run.config import TrainConfig
+    from reinforce.serving.config import ServeConfig
 
     configs = (TrainConfig, ServeConfig, sft.Config, train_rm.Config, evaluate.Config, compare.Config, chat.Config)
     known = {"--" + f.name.replace("_", "-") for c in configs for f in dataclasses.fields(c)} | {"--size", "--base", "--model-only"}

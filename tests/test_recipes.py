@@ -20,13 +20,14 @@ from conftest import ROOT, environment, metrics, tiny_llama, train_here
 from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
 from recipes.fit import Plan
 from recipes.intervals import bootstrap, student, wilson
-from reinforce import lifecycle
-from reinforce.config import TrainConfig, parse
+from reinforce.flags import parse
 from reinforce.loss import reinforce_loss
-from reinforce.metrics import draw_curves
 from reinforce.policy import load_policy
-from reinforce.reward_model import load_reward_model
-from reinforce.setup import set_up
+from reinforce.run import exits
+from reinforce.run.config import TrainConfig
+from reinforce.run.curves import draw_curves
+from reinforce.run.setup import set_up
+from reinforce.serving.reward_model import load_reward_model
 from train import judge
 
 
@@ -35,7 +36,7 @@ def recipe(module, *words, stdin=""):
     text = io.StringIO()
     with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["x", *map(str, words)]),
           mock.patch.object(sys, "stdin", io.StringIO(stdin))):  # fmt: skip
-        code = lifecycle.run(module.main, name=module.__name__)
+        code = exits.run(module.main, name=module.__name__)
     return code, text.getvalue()
 
 
@@ -229,12 +230,11 @@ def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
 
 def test_gradient_noise_equals_a_loop_over_prompts(small, server):
     config = parse(TrainConfig, "", [str(w) for w in [*data_flags(small, server), *SIZES]])
-    with ExitStack() as stack:
-        actor, data = set_up(config, stack)
-        prompts = data.prompts[:5]
-        got = compare.gradient_noise(actor, prompts, ["rloo", "none"])
-        out = actor.sample(prompts, compare.NOISE_STEP)
-        objective = judge(actor, prompts, out).objective.view(5, 2)
+    actor, data = set_up(config)
+    prompts = data.prompts[:5]
+    got = compare.gradient_noise(actor, prompts, ["rloo", "none"])
+    out = actor.sample(prompts, compare.NOISE_STEP)
+    objective = judge(actor, prompts, out).objective.view(5, 2)
     for name, advantage in (("rloo", compare.baselines.rloo(objective)), ("none", objective)):
         rows = []
         for p in range(5):

@@ -15,10 +15,12 @@ import torch
 from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from safetensors.torch import load_file
 
-from reinforce import checkpoint, lifecycle, resume
-from reinforce.config import TrainConfig
 from reinforce.errors import ConfigError, FailedError, RetryError
 from reinforce.rm_client import RewardClient
+from reinforce.run import checkpoint, resume
+from reinforce.run.config import TrainConfig
+from reinforce.run.folder import claimed
+from reinforce.run.stop import Stop
 
 
 def untimed(run):
@@ -91,7 +93,7 @@ from pathlib import Path
 from conftest import tiny_llama
 from bench.kills import deadly
 from recipes import toy
-from reinforce import checkpoint
+from reinforce.run import checkpoint
 model, tokenizer, place = tiny_llama(), toy.make_tokenizer(), Path({str(tmp_path)!r})
 def save(run, step):
     checkpoint.save(run, step, model, None, tokenizer, {{}}, 0)
@@ -285,7 +287,7 @@ def test_a_decaying_rate_ties_a_run_to_its_end_and_a_younger_flag_counts_as_its_
 def test_a_second_signal_before_the_first_step_is_not_a_second_end():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        stop = lifecycle.Stop()
+        stop = Stop()
         with pytest.raises(RetryError, match="SIGTERM before the first step"):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
@@ -424,7 +426,7 @@ def test_signals_while_it_saves_change_nothing(six, tmp_path):
 
 def test_the_same_command_given_twice_at_once_is_refused_and_leaves_the_run_alone(six, tmp_path):
     flags, _ = six
-    with lifecycle.claimed(tmp_path / "run"):
+    with claimed(tmp_path / "run"):
         assert "a run is going on there right now" in go(flags, tmp_path / "run", 1, code=2)
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
     go(flags, tmp_path / "run", 1)

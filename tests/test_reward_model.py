@@ -14,7 +14,7 @@ from transformers import (
 from recipes import toy, train_rm
 from recipes.fit import Plan
 from reinforce.errors import ConfigError
-from reinforce.reward_model import bradley_terry_loss, fingerprint, load_reward_model, messages_ids, query_ids, score
+from reinforce.serving.reward_model import bradley_terry_loss, fingerprint, load_reward_model, messages_ids, query_ids, score
 
 TEXTS = [[1, 5, 9, 2], [1, 7], [1, 4, 4, 8, 11, 3]]
 

@@ -9,18 +9,8 @@ from conftest import tiny_llama
 from hypothesis import given
 from torch import nn
 
-from reinforce.sampler import (
-    Sampling,
-    completes,
-    draw_coins,
-    join,
-    keep_likely,
-    micro_batches,
-    row_seed,
-    sample,
-    sample_in_batches,
-    sample_token,
-)
+from reinforce.rollout import join, micro_batches
+from reinforce.sampler import Sampling, completes, draw_coins, keep_likely, row_seed, sample, sample_in_batches, sample_token
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 4, 4, 8, 11, 3]]
 HOW = Sampling(max_new_tokens=12, end_ids=(2,), pad_id=0)

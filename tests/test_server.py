@@ -16,9 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, environment, script
 
-from reinforce.config import ServeConfig, parse
 from reinforce.errors import ConfigError
-from reinforce.reward_model import load_reward_model, query_ids, score
+from reinforce.flags import parse
+from reinforce.serving.config import ServeConfig
+from reinforce.serving.reward_model import load_reward_model, query_ids, score
 from serve_rm import serve
 
 FUNCTION = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, metrics
 
-from reinforce import checkpoint
+from reinforce.run import checkpoint
 
 SBATCH = """#!/usr/bin/env bash
 # sbatch OPTIONS : OPTIONS SCRIPT WORDS: runs a copy of the script, as Slurm does, with a hetjob's variables

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from reinforce.data import encode, render
 from reinforce.errors import ConfigError
 from reinforce.policy import announce, first_line, load_tokenizer, without_dropout
+from reinforce.text import encode, render
 
 FLAG = "--reward-model"
 

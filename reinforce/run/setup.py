@@ -6,7 +6,6 @@ Order: flags, run folder, prompt files, the reward server, the tokenizer, and on
 import dataclasses
 import json
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,18 +13,20 @@ from typing import Any, cast
 import torch
 import transformers
 
-from reinforce import checkpoint, distributed, lifecycle, resume
 from reinforce import device as devices
-from reinforce.actor import Actor
-from reinforce.config import TrainConfig
-from reinforce.data import Data, Prompt, check_record, tokenize
+from reinforce.data.prompts import Data, check_record, tokenize
+from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
-from reinforce.http import read_token
 from reinforce.logprobs import Scorer, head_is_plain
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
-from reinforce.records import read_records
 from reinforce.rm_client import RewardClient
+from reinforce.rm_connection import read_token
+from reinforce.run import checkpoint, distributed, resume
+from reinforce.run.actor import Actor
+from reinforce.run.config import TrainConfig
+from reinforce.run.folder import new_run_folder
 from reinforce.sampler import Sampling
+from reinforce.text import Prompt
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ def load_prompts(
     return prompts
 
 
-def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data") -> Inputs:
-    """Everything but the models; starts the toy's server if there is no other (it ends with `stack`).
+@dataclass(frozen=True)
+class Begun:
+    """What is known before any input is read."""
 
-    The two flags are how errors name policy and prompts.
-    """
+    device: torch.device
+    start: resume.Start
+
+
+def begin(config: TrainConfig) -> Begun:
+    """Join the other ranks, and find where the run starts. Raises ConfigError where flags and ranks do not fit."""
     device = devices.pick(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if config.policy is None and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise ConfigError("on several nodes give --policy, --train-data and --rm-host/--rm-port: the toy's server is local")
@@ -84,23 +90,19 @@ def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", 
     distributed.start(device, alone=config.parallel == "fsdp")
     run = None if config.log_dir is None else Path(config.log_dir)
     start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
-    policy, train_data, val_data = config.policy, config.train_data, config.val_data
-    if policy is None or train_data is None:
-        from recipes.toy import prepare
+    return Begun(device, start)
 
-        toy = distributed.together(lambda: str(prepare()), only_first=True)
-        policy, train_data, val_data = f"{toy}/policy", f"{toy}/train.jsonl", val_data or f"{toy}/validation.jsonl"
+
+def check(config: TrainConfig, begun: Begun, policy_flag: str = "--policy", data_flag: str = "--train-data") -> Inputs:
+    """Everything but the models. `config` names policy, prompts and server; the two flags are how errors name the first two."""
+    policy, host, port = config.policy, config.rm_host, config.rm_port
+    assert policy is not None and config.train_data is not None and host is not None and port is not None
     records = {}
-    for name, source in ((data_flag, train_data), ("--val-data", val_data)):
+    for name, source in ((data_flag, config.train_data), ("--val-data", config.val_data)):
         if source is not None:
             records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
             if bad and distributed.rank() == 0:
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
-    host, port = config.rm_host, config.rm_port
-    if host is None or port is None:
-        host, port = distributed.together(lambda: stack.enter_context(lifecycle.toy_server()), only_first=True)
-        if distributed.rank() == 0:
-            print(f"reward server: http://{host}:{port}")
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
     client.connect(config.rm_wait)
 
@@ -108,7 +110,7 @@ def check(config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", 
     ends = end_tokens(policy, tokenizer, policy_flag)
     prompts = load_prompts(config, tokenizer, records, policy, data_flag)
     data = Data(prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed)
-    return Inputs(config, device, start, policy, policy_flag, tokenizer, ends, data, client)
+    return Inputs(config, begun.device, begun.start, policy, policy_flag, tokenizer, ends, data, client)
 
 
 def load(inputs: Inputs) -> Actor:
@@ -151,16 +153,16 @@ def load(inputs: Inputs) -> Actor:
     return actor
 
 
-def set_up(
-    config: TrainConfig, stack: ExitStack, policy_flag: str = "--policy", data_flag: str = "--train-data"
-) -> tuple[Actor, Data]:
-    """`check` and `load` for a script that keeps no run folder."""
-    inputs = check(config, stack, policy_flag, data_flag)
+def set_up(config: TrainConfig, policy_flag: str = "--policy", data_flag: str = "--train-data") -> tuple[Actor, Data]:
+    """All of the above for a script that keeps no run folder."""
+    inputs = check(config, begin(config), policy_flag, data_flag)
     return load(inputs), inputs.data
 
 
-def open_run_folder(inputs: Inputs) -> Path:
+def open_run_folder(inputs: Inputs, name: str) -> Path:
     """The run folder, the same on every rank, with config.json in it. Raises ConfigError if it holds another run.
+
+    `name` is part of its name if there is no --log-dir.
 
     Of a run that goes on, the logs are cut back to the step of its checkpoint, and what a killed process left is removed.
     """
@@ -174,7 +176,7 @@ def open_run_folder(inputs: Inputs) -> Path:
             held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
             total_steps=data.total_steps(config.max_steps, config.max_epochs) if decays else None,
         )  # fmt: skip
-        folder = lifecycle.new_run_folder(config.log_dir, "toy" if config.policy is None else Path(config.policy).name)
+        folder = new_run_folder(config.log_dir, name)
         resume.admit(folder, own)
         checkpoint.sweep(folder)
         checkpoint.set_aside(folder, inputs.start.step)

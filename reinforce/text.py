@@ -1,4 +1,4 @@
-"""What one prompt gave: K responses as text and as numbers. Built from a rank's rollout, gathered over ranks, logged.
+"""Text and tokens: what a prompt is, how its response becomes text again, and what is sent to the reward server.
 
 The reward model reads text that stands for exactly the sampled tokens: special tokens included, an end token only where the
 response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
@@ -6,30 +6,53 @@ response has one. Both halves are decoded together, since a tokenizer may drop t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from reinforce.data import Prompt
-from reinforce.objective import Judged
+from reinforce.errors import ConfigError
 from reinforce.rollout import Rollout
+
+TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
+    "{{ bos_token }}{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' "
+    "if m.role == 'assistant' else '\\n\\n' }}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
-class Group:
-    """One prompt's K responses; every list has K entries."""
+class Prompt:
+    """One prompt: the text that the policy reads (rendered, if it came as messages), its token ids, and what came with it."""
 
-    index: int  # of the prompt among its file's usable lines, from 0
-    prompt: str
-    response: list[str]
-    reward: list[float]
-    kl: list[float] | None  # nats, of the whole response
-    objective: list[float]
-    valid: list[bool]  # counts in baselines and loss
-    length: list[int]
-    finished: list[bool]
-    logp: list[float]  # of the whole response, as sampled
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    messages: list[dict[str, str]] | None = None
+    label: Any = None
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a conversation: a list of {"role": str, "content": str}, not empty."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )  # fmt: skip
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text to be continued: one begin token if the tokenizer uses one, no end token of its own adding.
+
+    A text that already starts with the begin token gets no second one.
+    """
+    own_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not own_begin)["input_ids"]
+    adds_end = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **how: Any) -> str:
+    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it."""
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    except Exception as error:  # templates raise what they like
+        raise ConfigError(f"{where}: the chat template refuses {messages!r:.200} ({error})") from error
 
 
 def decoded(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip_special_tokens: bool) -> str:
@@ -65,21 +88,3 @@ def reward_request(tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, 
     else:
         request["query"] = [p.text + decoded(tokenizer, p.ids, r, skip_special_tokens=False) for p, r in rows]
     return request
-
-
-def make_groups(
-    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, judged: Judged, valid: Tensor | None = None
-) -> list[Group]:
-    """One Group a prompt from a rollout of B rows, row b of prompt b // (B / P); `valid` (B,) bool, by default all."""
-    k, kl = len(judged.reward) // len(prompts), judged.kl
-    valid = torch.ones_like(rollout.finished) if valid is None else valid  # (B,)
-    ids, logp = response_ids(rollout), rollout.logp.sum(1).tolist()
-    groups = []
-    for j, prompt in enumerate(prompts):
-        own = slice(j * k, (j + 1) * k)
-        groups.append(Group(
-            prompt.index, prompt.text, [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
-            judged.reward[own].tolist(), None if kl is None else kl[own].tolist(), judged.objective[own].tolist(),
-            valid[own].tolist(), [len(r) for r in ids[own]], rollout.finished[own].tolist(), logp[own],
-        ))  # fmt: skip
-    return groups

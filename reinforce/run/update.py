@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reinforce import distributed
-from reinforce.config import TrainConfig
-from reinforce.data import Prompt
 from reinforce.loss import clipped_tokens, normaliser
 from reinforce.objective import Judged
 from reinforce.rollout import Batch, Rollout
+from reinforce.run import distributed
+from reinforce.run.config import TrainConfig
+from reinforce.text import Prompt
 
 
 @dataclass(frozen=True)

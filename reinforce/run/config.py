@@ -1,13 +1,11 @@
-"""A frozen dataclass becomes the command line: one field a flag, with its group, unit and default in --help."""
+"""The flags of train.py."""
 
-import argparse
-import dataclasses
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from reinforce.errors import ConfigError
+from reinforce.flags import flag, refuse
 
 BASELINES = ("none", "ema", "rloo", "remax", "group-mean", "grpo")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -20,12 +18,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": "abs", "kl_reduce": "mean", "loss_norm": "length",
     },
 }  # fmt: skip
-C = TypeVar("C")
-
-
-def flag(default: Any, group: str, help: str, **how: Any) -> Any:
-    """A dataclass field that knows its help text; `how` goes to argparse (choices, nargs, type)."""
-    return field(default=default, metadata={"group": group, "help": help, **how})
 
 
 def baseline_name(text: str) -> str:
@@ -36,6 +28,8 @@ def baseline_name(text: str) -> str:
 @dataclass(frozen=True)
 class TrainConfig:
     """Every flag of train.py. Batch flags are responses per rank and forward pass, except where they say otherwise."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: str | None = flag(None, "model and data", "other defaults; nemo-aligner: the tutorial's own", choices=tuple(PRESETS))
     policy: str | None = flag(None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id")
@@ -163,56 +157,6 @@ class TrainConfig:
                               "(none of them: the toy)")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Every flag of serve_rm.py."""
-
-    reward_model: str | None = flag(None, "reward", "sequence classifier with one label: folder or hub id (default: the toy's)")
-    reward_fn: str | None = flag(
-        None, "reward", "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)"
-    )
-    reward_mean: float | None = flag(None, "reward", "subtracted from the score (default: as stored with the model, else 0)")
-    reward_std: float | None = flag(None, "reward", "the score is then divided by it (default: as stored with the model, else 1)")
-    reward_clip: float | None = flag(None, "reward", "clip the reward to +- this")
-    max_length: int | None = flag(
-        None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)"
-    )
-    inference_micro_batch_size: int = flag(
-        32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
-    )
-
-    host: str = flag("127.0.0.1", "server", "address to listen on; any but loopback needs RM_TOKEN or RM_TOKEN_FILE")
-    port: int = flag(0, "server", "port; 0: any free one")
-    ready_file: str | None = flag(None, "server", "write host and port there once warm")
-    exit_with_parent: bool = flag(False, "server", "end when the process that started it has ended")
-
-    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16"))
-
-    def check(self) -> None:
-        """Raise ConfigError on the first combination that cannot work."""
-        if self.reward_model is not None and self.reward_fn is not None:
-            raise ConfigError("--reward-model and --reward-fn: give one of them")
-        refuse(self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"))
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
-
-
-def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-    """Raise ConfigError on a needed field that is None, or on a number out of its range; None passes the other two."""
-    for name in needed:
-        if getattr(config, name) is None:
-            raise ConfigError(f"{spelled(name)} is missing (--help lists every flag)")
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
-    for name in not_negative:
-        value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
-
-
 def seconds(time: str) -> int:
     """DD:HH:MM:SS in seconds. Raises ConfigError.
 
@@ -223,45 +167,3 @@ def seconds(time: str) -> int:
         raise ConfigError(f"--max-time-per-run is {time!r}; it must be DD:HH:MM:SS, 00:03:45:00 say")
     days, hours, minutes, rest = map(int, time.split(":"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-
-def spelled(name: str) -> str:
-    """The flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One sentence, as a ConfigError, instead of a page of usage."""
-        raise ConfigError(f"{message} (--help lists every flag)")
-
-
-def parse(config: type[C], description: str, argv: Sequence[str] | None = None) -> C:
-    """The dataclass, filled from a command line (sys.argv by default) and checked. Raises ConfigError; --help exits."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups: dict[str, Any] = {}
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        how = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
-        if f.metadata["group"] not in groups:
-            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
-        group = groups[f.metadata["group"]]
-        text = f.metadata["help"].replace("%", "%%")
-        if isinstance(f.default, bool):
-            group.add_argument(spelled(f.name), action="store_true", help=text)
-            continue
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        if shown not in (None, ""):
-            text += f" (default: {shown})"
-        how.setdefault("type", _number(str(f.type)))
-        how.setdefault("metavar", None if "choices" in how else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"))
-        group.add_argument(spelled(f.name), default=f.default, help=text, **how)
-    preset = getattr(parser.parse_args(argv), "preset", None)
-    parser.set_defaults(**PRESETS.get(preset or "", {}))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    parsed = config(**values)
-    parsed.check()  # type: ignore[attr-defined]
-    return parsed
-
-
-def _number(annotation: str) -> type:
-    return int if "int" in annotation else float if "float" in annotation else str

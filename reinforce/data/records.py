@@ -40,13 +40,6 @@ def parse_line(line: bytes) -> Any:
         raise BadLineError(f"not JSON ({error})") from error
 
 
-def is_chat(value: Any) -> bool:
-    """Whether a value is a conversation: a list of {"role": str, "content": str}, not empty."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )  # fmt: skip
-
-
 def read_records(
     source: str, flag: str, check: Callable[[Any], T], skip_bad_lines: bool = False, what: str = "prompts"
 ) -> tuple[list[T], int]:

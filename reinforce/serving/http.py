@@ -9,32 +9,18 @@ import base64
 import contextlib
 import hmac
 import json
-import os
 import re
 import socket
 import socketserver
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-
-from reinforce.errors import ConfigError
 
 MAX_BODY = 16 << 20  # bytes of one request
 MAX_CONNECTIONS = 64
 BODY_SECONDS = 30.0  # to receive a whole body, however slowly it drips
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n"
-
-
-def read_token() -> str | None:
-    """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE; never from a command line, which every user can read."""
-    if path := os.environ.get("RM_TOKEN_FILE"):
-        try:
-            return Path(path).read_text().strip() or None
-        except OSError as error:
-            raise ConfigError(f"RM_TOKEN_FILE {path}: {error.strerror}") from error
-    return os.environ.get("RM_TOKEN") or None
 
 
 class HttpError(Exception):

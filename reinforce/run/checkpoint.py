@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reinforce import distributed
 from reinforce.errors import ConfigError, FailedError
+from reinforce.run import distributed
 
 MANIFEST = "manifest.json"
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from reinforce import device as devices
-from reinforce import distributed
-from reinforce.config import TrainConfig
-from reinforce.data import Prompt
-from reinforce.group import reward_request
 from reinforce.logprobs import Scorer
 from reinforce.rm_client import RewardClient
 from reinforce.rollout import Batch, Rollout, micro_batches
+from reinforce.run import distributed
+from reinforce.run.config import TrainConfig
+from reinforce.run.update import Update
 from reinforce.sampler import Sampling, row_seed, sample_in_batches
-from reinforce.update import Update
+from reinforce.text import Prompt, reward_request
 
 
 class Clock:

@@ -15,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reinforce import checkpoint, distributed, optim
-from reinforce.actor import Actor
+from reinforce import optim
 from reinforce.baselines import Baseline
-from reinforce.data import Data
+from reinforce.data.prompts import Data
 from reinforce.errors import FailedError, RetryError
-from reinforce.group import Group, make_groups
-from reinforce.lifecycle import Stop
-from reinforce.metrics import Recorder, Silent, mean_reward, recorded, speed, summarise, summarise_updates, tell
-from reinforce.resume import Start
-from reinforce.update import Step, Summed, Update
-from reinforce.validation import validate
+from reinforce.run import checkpoint, distributed
+from reinforce.run.actor import Actor
+from reinforce.run.config import seconds
+from reinforce.run.group import Group, make_groups, recorded
+from reinforce.run.metrics import mean_reward, speed, summarise, summarise_updates
+from reinforce.run.recorder import Recorder, Silent, tell
+from reinforce.run.resume import Start
+from reinforce.run.stop import Stop
+from reinforce.run.update import Step, Summed, Update
+from reinforce.run.validation import validate
 
 
 class Run:
@@ -38,6 +41,9 @@ class Run:
         self._total = data.total_steps(self._config.max_steps, self._config.max_epochs)
         self._done = self._saved = start.step  # finished steps, and those that the last checkpoint has
         self._stopped: str | None = None
+        limit = self._config.max_time_per_run
+        stop.limit = None if limit is None else seconds(limit)
+        actor.client.stopped = lambda: stop.reason is not None  # then it tries no request again
         self._updates: list[tuple[Summed, float]] = []  # of the step that is going on, with the gradient's length
         self._val_reward: float | None = None  # after the last finished step
         self._held: tuple[dict[str, Any], list[Group], Tensor] | None = None  # the last step, not yet written

@@ -15,16 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
-from reinforce.records import BadLineError, is_chat, read_records
+from reinforce.text import is_chat
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
 Messages = list[dict[str, str]]
-TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
-    "{{ bos_token }}{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' "
-    "if m.role == 'assistant' else '\\n\\n' }}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)

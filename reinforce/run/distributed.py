@@ -11,6 +11,7 @@ and pipeline parallelism, and shards that are read from the disk one by one: a r
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -68,6 +69,8 @@ def start(device: torch.device, alone: bool) -> None:
 def stop() -> None:
     """Leave the group; harmless if it was never joined."""
     if dist.is_initialized():
+        # a thread of gloo drops the tensors of the last collective a moment later, and aborts if the interpreter is gone by then
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

@@ -1,10 +1,10 @@
 """Validation: one response to each held-out prompt, with the same random numbers every time, and its reward."""
 
-from reinforce import distributed
-from reinforce.actor import Actor
-from reinforce.data import Prompt
-from reinforce.group import Group, make_groups
 from reinforce.objective import Judged
+from reinforce.run import distributed
+from reinforce.run.actor import Actor
+from reinforce.run.group import Group, make_groups
+from reinforce.text import Prompt
 
 STEP = -1  # the "step" of its random numbers: the same at every validation, so before and after compare
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce import checkpoint
-from reinforce.config import TrainConfig
 from reinforce.errors import ConfigError
+from reinforce.run import checkpoint
+from reinforce.run.config import TrainConfig
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl")
 SOFT = frozenset((  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions

@@ -8,27 +8,17 @@ that remain.
 
 import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from reinforce.data.preferences import side
+from reinforce.data.records import BadLineError
 from reinforce.errors import ConfigError
-from reinforce.preferences import side
-from reinforce.records import BadLineError, is_chat
 from reinforce.sampler import row_seed
+from reinforce.text import Prompt, encode, is_chat, render
 
 KEYS = ("prompt", "text", "messages")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: the text that the policy reads (rendered, if it came as messages), its token ids, and what came with it."""
-
-    index: int
-    text: str
-    ids: tuple[int, ...]
-    messages: list[dict[str, str]] | None = None
-    label: Any = None
 
 
 @dataclass(frozen=True)
@@ -72,25 +62,6 @@ def check_record(record: Any) -> dict[str, Any]:
     elif not isinstance(value, str) or not value.strip():
         raise BadLineError(f'"{key}" must be a string that is not empty')
     return record
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text to be continued: one begin token if the tokenizer uses one, no end token of its own adding.
-
-    A text that already starts with the begin token gets no second one.
-    """
-    own_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not own_begin)["input_ids"]
-    adds_end = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
-    return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
-
-
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **how: Any) -> str:
-    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it."""
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
-    except Exception as error:  # templates raise what they like
-        raise ConfigError(f"{where}: the chat template refuses {messages!r:.200} ({error})") from error
 
 
 def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, flag: str) -> tuple[list[Prompt], int]:

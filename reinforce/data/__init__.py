@@ -1,0 +1,1 @@
+"""Lines in, prompts out. Imports the update's shelf alone."""

@@ -1,0 +1,1 @@
+"""What makes a run safe: set-up, processes, checkpoints, logs. A reader of the algorithm can leave it closed."""

@@ -1,0 +1,36 @@
+"""Signals and the time limit: why a run ends before its last step."""
+
+import signal
+import time
+from types import FrameType
+
+from reinforce.errors import RetryError
+
+
+class Stop:
+    """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time.
+
+    Before the loop there is nothing to save, and a signal ends the run; in the loop it is noted, however many come, and the
+    loop asks when a step is done. A save is never interrupted.
+    """
+
+    def __init__(self) -> None:
+        """Take over the three signals of this process, and start its clock."""
+        self.signal: str | None = None
+        self.in_loop = False
+        self.limit: int | None = None  # seconds since this object was made
+        self._began = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        first, self.signal = self.signal is None, signal.Signals(number).name
+        if first and not self.in_loop:
+            raise RetryError(f"stopped by {self.signal} before the first step")
+
+    @property
+    def reason(self) -> str | None:
+        """What it is stopped by; None if it is not."""
+        if self.signal is None and self.limit is not None and time.monotonic() - self._began >= self.limit:
+            return f"its time limit of {self.limit} s"
+        return self.signal

@@ -1,0 +1,1 @@
+"""The reward endpoint behind serve_rm.py. A reader of the algorithm can leave it closed."""
