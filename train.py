@@ -22,7 +22,7 @@ from typing import cast
 import transformers
 
 from recipes import toy
-from reinforce import baselines, optim
+from reinforce import optim, own_baseline
 from reinforce.data.prompts import Data
 from reinforce.flags import parse
 from reinforce.kl import KL, per_response
@@ -66,7 +66,8 @@ def backward(actor: Actor, batch: Batch, update: Update) -> Summed:
 
 def train(actor: Actor, data: Data, run: Run) -> None:
     """The loop: `actor` owns the models and the reward client, `run` keeps what is done."""
-    config, baseline = actor.config, baselines.BASELINES[actor.config.baseline](actor.config.ema_decay)
+    config = actor.config
+    baseline = own_baseline.make(config.baseline, config.ema_decay)
     betas = cast(tuple[float, float], config.adam_betas)
     optimizer = optim.adamw(actor.model, config.lr, betas, config.weight_decay)
     run.restore(optimizer, baseline)  # of a run that goes on: bitwise, or not at all

@@ -33,13 +33,14 @@ if __name__ == "__main__":
 
 from recipes import toy
 from recipes.intervals import student
-from reinforce import baselines
+from reinforce import own_baseline
+from reinforce.baselines import BASELINES
 from reinforce.errors import ConfigError, FailedError
 from reinforce.flags import flag, parse, refuse
 from reinforce.policy import load_policy
 from reinforce.run import distributed, exits
 from reinforce.run.actor import Actor
-from reinforce.run.config import BASELINES, TrainConfig
+from reinforce.run.config import TrainConfig, baseline_name
 from reinforce.run.folder import new_folder, new_run_folder
 from reinforce.run.setup import set_up
 from reinforce.text import Prompt
@@ -61,7 +62,9 @@ class Config:
     train_data: str | None = flag(None, "what", "as of train.py")
     rm_host: str | None = flag(None, "what", "as of train.py")
     rm_port: int | None = flag(None, "what", "as of train.py")
-    baselines: tuple[str, ...] = flag(BASELINES, "what", "which ones", nargs="+", choices=BASELINES)
+    baselines: tuple[str, ...] = flag(
+        tuple(BASELINES), "what", "which ones; FILE.py:NAME is one of your own", nargs="+", type=baseline_name
+    )
     seeds: int = flag(5, "size", "runs of each baseline")
     max_steps: int = flag(100, "size", "steps of each run")
     noise_prompts: int = flag(64, "size", "prompts for the noise of the gradient (memory: 14 gradients); 0: not measured")
@@ -79,6 +82,13 @@ class Config:
             raise ConfigError(f"{', '.join(own)} come as a set (none of them: the toy)")
         if "rloo" not in self.baselines:
             raise ConfigError("--baselines needs rloo, to which the others are compared")
+        if len(set(map(label, self.baselines))) < len(self.baselines):
+            raise ConfigError("--baselines has the same name twice")
+
+
+def label(baseline: str) -> str:
+    """How a baseline is called in folders, table and plot: of FILE.py:NAME it is the name."""
+    return baseline.rpartition(":")[2]
 
 
 def train_all(config: Config, common: list[str], folder: Path) -> None:
@@ -88,7 +98,7 @@ def train_all(config: Config, common: list[str], folder: Path) -> None:
 
     def one(job: tuple[str, int]) -> str:
         baseline, seed = job
-        run = folder / f"{baseline}-{seed}"
+        run = folder / f"{label(baseline)}-{seed}"
         size = ["--max-steps", str(config.max_steps), "--save-interval", str(config.max_steps), "--save-top-k", "0"]
         command = [sys.executable, str(ROOT / "train.py"), "--baseline", baseline, "--seed", str(seed), "--log-dir", str(run)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -101,7 +111,7 @@ def train_all(config: Config, common: list[str], folder: Path) -> None:
             if failure:
                 pool.shutdown(cancel_futures=True)
                 raise FailedError(f"a run failed: {failure}")
-            print(f"run {n}/{len(jobs)}  {baseline}, seed {seed}  {time.monotonic() - start:.0f} s", flush=True)
+            print(f"run {n}/{len(jobs)}  {label(baseline)}, seed {seed}  {time.monotonic() - start:.0f} s", flush=True)
 
 
 def read_run(folder: Path) -> Lines:
@@ -138,15 +148,17 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
     config, k = actor.config, actor.config.num_rollouts_per_prompt
     out = actor.sample(prompts, NOISE_STEP)
     greedy = actor.sample_greedy(prompts, NOISE_STEP)
-    other = actor.sample(prompts, MEAN_STEP)  # for ema: a past of its own
-    reward = judge(actor, prompts, out).objective.view(-1, k)  # (n, K)
-    past = baselines.Ema(0.0)
-    past(judge(actor, prompts, other).objective.view(-1, k))
-    against = judge(actor, prompts, greedy).objective  # (n,)
-    every = {"none": lambda: baselines.none(reward), "ema": lambda: past(reward), "rloo": lambda: baselines.rloo(reward),
-             "remax": lambda: baselines.remax(reward, against), "group-mean": lambda: baselines.group_mean(reward),
-             "grpo": lambda: baselines.grpo(reward)}  # fmt: skip
-    advantage = torch.stack([every[name]() for name in names]).float().to(actor.device)  # (baselines, n, K)
+    other = actor.sample(prompts, MEAN_STEP)  # what a baseline with a state has seen before
+    reward, past = (judge(actor, prompts, rows).objective.view(-1, k) for rows in (out, other))  # (n, K) each
+    valid = torch.ones_like(reward, dtype=torch.bool)  # (n, K)
+    greedy_reward = judge(actor, prompts, greedy).objective  # (n,)
+    advantages = []
+    for name in names:
+        baseline = own_baseline.make(name, ema_decay=0.0)
+        if baseline.state is not None:
+            baseline(past, valid)
+        advantages.append(baseline(reward, valid, greedy_reward))
+    advantage = torch.stack(advantages).float().to(actor.device)  # (baselines, n, K)
 
     weights = [w for w in actor.model.parameters() if w.requires_grad]
     total = torch.zeros(len(names), sum(w.numel() for w in weights), device=actor.device)  # (baselines, D)
@@ -202,7 +214,7 @@ def write_table(config: Config, runs: dict[str, list[Numbers]], noise: Noise, bu
         column = {key: [run[key] for run in own] for key in own[0]}
         gain = [(a or 0.0) - (b or 0.0) for a, b in zip(column["objective"], rloo, strict=True)]
         measured = [told([one[name] for one in noise[where]], ".2f") if noise[where] else "–" for where in ("initial", "trained")]
-        cells = [name, told(column["reward"], ".3f"), told(column["kl"], ".2f"), told(column["objective"], ".3f"),
+        cells = [label(name), told(column["reward"], ".3f"), told(column["kl"], ".2f"), told(column["objective"], ".3f"),
                  "–" if name == "rloo" else told(gain, "+.3f"), told(column["steps"], ".0f"), told(column["tokens"], ".0f"),
                  told(column["seconds"], ".1f"), *measured]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -222,9 +234,9 @@ def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: i
     for i, name in enumerate(config.baselines):
         along = {key: np.array([[near(run, t, key) for t in grid] for run in curves[name]]) for key in ("reward", "kl")}
         bands = np.array([student(column.tolist()) for column in along["reward"].T])  # (points, 2)
-        left.plot(grid, bands[:, 0], color=f"C{i}", label=name)
+        left.plot(grid, bands[:, 0], color=f"C{i}", label=label(name))
         left.fill_between(grid, bands[:, 0] - bands[:, 1], bands[:, 0] + bands[:, 1], color=f"C{i}", alpha=0.12, linewidth=0)
-        middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=name)
+        middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=label(name))
         ends = [(near(run, budget, "kl"), near(run, budget, "reward")) for run in curves[name]]
         middle.plot(*zip(*ends, strict=True), "o", color=f"C{i}", markersize=4)
         for j, where in enumerate(("initial", "trained")):
@@ -234,7 +246,7 @@ def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: i
                 right.bar(i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3)
     left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
     middle.set(xlabel="KL to the initial policy, nats", ylabel="reward", title="reward against KL; dots: the seeds at the end")
-    right.set(xticks=np.arange(len(config.baselines)) + 0.2, xticklabels=config.baselines, yscale="log",
+    right.set(xticks=np.arange(len(config.baselines)) + 0.2, xticklabels=[label(name) for name in config.baselines], yscale="log",
               title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)")  # fmt: skip
     left.legend()
     for axis in (left, middle, right):
@@ -256,6 +268,8 @@ def main() -> None:
     config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
     given = data_flags(config, (config.rm_host or "", config.rm_port or 0))
     settings = parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    for name in config.baselines:
+        own_baseline.check(name, settings.num_rollouts_per_prompt)
     if own := {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval"} & {word.partition("=")[0] for word in extra}:
         raise ConfigError(f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)")
     if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
@@ -272,7 +286,7 @@ def main() -> None:
             address = (str(config.rm_host), int(config.rm_port or 0))
         common = [*data_flags(config, address), *extra]
         train_all(config, common, folder)
-        curves = {name: [read_run(folder / f"{name}-{seed}") for seed in range(config.seeds)] for name in config.baselines}
+        curves = {name: [read_run(folder / f"{label(name)}-{seed}") for seed in range(config.seeds)] for name in config.baselines}
         report(config, curves, {"initial": [], "trained": []}, folder)  # kept if what follows needs more memory than there is
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)

@@ -98,7 +98,8 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) is not None}
     base = dataclasses.replace(
         base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
-        initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp", resume="auto", **changes,
+        baseline="none", initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp",
+        resume="auto", **changes,
     )  # fmt: skip
     return base, run, config.policy or str(checkpoints[-1])
 

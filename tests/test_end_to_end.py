@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reinforce.baselines import rloo
+from reinforce.baselines import BASELINES, rloo
 from reinforce.data.prompts import step_prompts
-from reinforce.run.config import BASELINES
 
 KEYS = [
     "step",

@@ -20,6 +20,7 @@ from conftest import ROOT, environment, metrics, tiny_llama, train_here
 from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
 from recipes.fit import Plan
 from recipes.intervals import bootstrap, student, wilson
+from reinforce.baselines import rloo
 from reinforce.flags import parse
 from reinforce.loss import reinforce_loss
 from reinforce.policy import load_policy
@@ -235,7 +236,7 @@ def test_gradient_noise_equals_a_loop_over_prompts(small, server):
     got = compare.gradient_noise(actor, prompts, ["rloo", "none"])
     out = actor.sample(prompts, compare.NOISE_STEP)
     objective = judge(actor, prompts, out).objective.view(5, 2)
-    for name, advantage in (("rloo", compare.baselines.rloo(objective)), ("none", objective)):
+    for name, advantage in (("rloo", rloo(objective)), ("none", objective)):
         rows = []
         for p in range(5):
             part = out.take([2 * p, 2 * p + 1])

@@ -1,13 +1,15 @@
 """The flags of train.py."""
 
+import argparse
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from reinforce.baselines import BASELINES
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, refuse
+from reinforce.kl import KL
 
-BASELINES = ("none", "ema", "rloo", "remax", "group-mean", "grpo")
 PRESETS: dict[str, dict[str, Any]] = {
     # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means
     "nemo-aligner": {
@@ -21,8 +23,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def baseline_name(text: str) -> str:
-    """Our spelling, or the seed's: RLOO, ReMax, none."""
-    return text.lower()
+    """Our spelling of a name (RLOO and ReMax are the seed's), or FILE.py:NAME as it is."""
+    if text.lower() in BASELINES:
+        return text.lower()
+    if ".py" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(BASELINES)}, and no FILE.py:NAME")
+    return text
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,10 @@ class TrainConfig:
                           choices=("auto", "query"))  # fmt: skip
     rm_fingerprint: str | None = flag(None, "reward server", "sha256 that its /info must show (default: trust the first answer)")
 
-    baseline: str = flag("rloo", "objective", "what is subtracted from the objective", type=baseline_name, choices=BASELINES)
+    baseline: str = flag("rloo", "objective", f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "
+                         "a function f(R, valid) of your own", type=baseline_name)  # fmt: skip
     initial_policy_kl_penalty: float = flag(0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded")
-    kl: str = flag("k1", "objective", "per token, in the reward; abs: |k1|, the tutorial's (biased)", choices=("k1", "abs"))
+    kl: str = flag("k1", "objective", "per token, in the reward; abs: |k1|, the tutorial's (biased)", choices=tuple(KL))
     kl_reduce: str = flag("sum", "objective", "over a response's tokens; mean: the tutorial's (biased)", choices=("sum", "mean"))
     truncated: str = flag("keep", "objective", "unfinished responses: keep; drop from baseline and loss (biased); penalize",
                           choices=("keep", "drop", "penalize"))  # fmt: skip
@@ -115,8 +122,8 @@ class TrainConfig:
             "initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
             "max_grad_norm", "val_top_k", "min_lr", "save_top_k", "missing_eos_penalty",
         ))  # fmt: skip
-        if self.baseline in ("rloo", "group-mean", "grpo") and self.num_rollouts_per_prompt < 2:
-            k = self.num_rollouts_per_prompt
+        k = self.num_rollouts_per_prompt
+        if self.baseline in BASELINES and k < BASELINES[self.baseline](0.0).min_k:
             raise ConfigError(f"--baseline {self.baseline} compares responses of one prompt: --num-rollouts-per-prompt is {k}, "
                               "give 2 or more, or take --baseline remax")  # fmt: skip
         if self.top_k or self.top_p != 1.0:
@@ -127,7 +134,7 @@ class TrainConfig:
         if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
             raise ConfigError(f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
                               f"--num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more")  # fmt: skip
-        whole, k, g = self.num_rollout_samples * self.num_rollouts_per_prompt, self.num_rollouts_per_prompt, self.global_batch_size
+        whole, g = self.num_rollout_samples * k, self.global_batch_size
         if g is not None and (g <= 0 or g % k or whole % g):
             raise ConfigError(f"--global-batch-size {g} must be a multiple of --num-rollouts-per-prompt {k} that divides "
                               f"--num-rollout-samples * --num-rollouts-per-prompt = {whole}")  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from reinforce import device as devices
+from reinforce import own_baseline
 from reinforce.data.prompts import Data, check_record, tokenize
 from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
@@ -89,6 +90,7 @@ def begin(config: TrainConfig) -> Begun:
         devices.only_deterministic()
     distributed.start(device, alone=config.parallel == "fsdp")
     run = None if config.log_dir is None else Path(config.log_dir)
+    distributed.together(lambda: own_baseline.check(config.baseline, config.num_rollouts_per_prompt))
     start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
     return Begun(device, start)
 
@@ -171,7 +173,8 @@ def open_run_folder(inputs: Inputs, name: str) -> Path:
     def opened() -> Path:
         decays = config.min_lr not in (None, config.lr)  # then the rate depends on where the run is to end
         own = resume.identity(
-            config, policy=resume.weights(inputs.policy), reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
+            config, baseline=own_baseline.identity(config.baseline), policy=resume.weights(inputs.policy),
+            reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
             prompts=resume.digest([[p.ids, p.text, p.label] for p in data.prompts]),
             held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
             total_steps=data.total_steps(config.max_steps, config.max_epochs) if decays else None,
