@@ -21,4 +21,33 @@ Four shelves; imports point one way, and tests/test_house.py holds them to it:
     reinforce/data/     lines in, prompts out: may import the first
     reinforce/serving/  the reward endpoint: may import the first
     reinforce/run/      what makes a run safe: may import all of these
+
+As a library, recipes/library.py is one step on a model of one's own:
+
+    from reinforce import Sampling, Scorer, k1, load_policy, per_response, reinforce_loss, rloo, sample
 """
+
+import importlib
+from typing import Any
+
+EXPORTS = {  # name -> its module, imported when the name is first asked for: `import reinforce` alone loads no PyTorch
+    **dict.fromkeys(("Ema", "group_mean", "grpo", "remax", "rloo"), "baselines"),
+    **dict.fromkeys(("k1", "per_response"), "kl"),
+    **dict.fromkeys(("clipped_loss", "reinforce_loss"), "loss"),
+    **dict.fromkeys(("Sampling", "row_seed", "sample", "sample_token"), "sampler"),
+    **dict.fromkeys(("load_policy", "load_tokenizer"), "policy"),
+    "Rollout": "rollout",
+    "Scorer": "logprobs",
+    "RewardClient": "rm_client",
+}
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'reinforce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"reinforce.{EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *EXPORTS])

@@ -43,7 +43,12 @@ class Scorer(nn.Module):
     """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
 
     def __init__(
-        self, model: nn.Module, plain: bool, temperature: float = 1.0, end_ids: tuple[int, ...] = (), min_new_tokens: int = 0
+        self,
+        model: nn.Module,
+        plain: bool = False,
+        temperature: float = 1.0,
+        end_ids: tuple[int, ...] = (),
+        min_new_tokens: int = 0,
     ) -> None:
         """`model` is a Hugging Face causal language model, `plain` its `head_is_plain`; the others are the sampler's."""
         super().__init__()

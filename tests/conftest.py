@@ -18,6 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from recipes import toy
 from reinforce.policy import without_dropout
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup; processes under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 50
 
