@@ -63,7 +63,8 @@ case "$mode" in
   toy)
     data="$("$python" "$here/recipes/toy.py")" || exit $?
     server_flags+=(--reward-model "$data/reward_model")
-    train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl") ;;
+    train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
+      --lr 7e-4 --max-new-tokens 24) ;;
   smollm2)
     data="$("$python" "$here/recipes/smollm2.py")" || exit $?
     server_flags+=(--reward-fn "$here/recipes/smollm2.py:positivity")
@@ -123,7 +124,6 @@ if [ -z "$run" ]; then
   if [ -n "$slurm" ]; then run="runs/$mode-$SLURM_JOB_ID"; fi  # requeued, the job finds its run again
   [ -n "$slurm" ] || [ ! -e "$run" ] || run="$run-$$"
   mkdir -p "$run"
-  ln -sfn "$(basename "$run")" runs/latest
 fi
 mkdir -p "$run"
 if [ -n "$slurm" ]; then run="$(cd "$run" && pwd)"; fi  # a container may start in another folder

@@ -37,10 +37,10 @@ from reinforce.run.update import Step, Summed, Sums, Update, plan_updates
 from reinforce.text import Prompt
 
 
-def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout) -> Judged:
+def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, may_refuse: bool = False) -> Judged:
     """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64; no gradient."""
     config, kl = actor.config, None
-    reward = actor.reward(prompts, rollout)  # (B,), over HTTP
+    reward = actor.reward(prompts, rollout, may_refuse)  # (B,), over HTTP
     ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
     if ref_logp is not None:
         kl_token = KL[config.kl](rollout.logp, ref_logp)  # (B, T)
@@ -82,11 +82,11 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         greedy = actor.sample_greedy(prompts, step) if baseline.needs_greedy else None
 
         # 2. and 3. reward r over HTTP, KL to the initial policy: R = r - beta * KL
-        judged = judge(actor, prompts, rollout)
+        judged = judge(actor, prompts, rollout, may_refuse=True)
         judged_greedy = judge(actor, prompts, greedy) if greedy else None
 
         # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
-        own_valid = counted(rollout.finished, config.truncated)  # (B,), this rank's
+        own_valid = counted(rollout.finished, judged.reward.to(actor.device), config.truncated)  # (B,), this rank's
         R, valid, length = (  # noqa: N806
             distributed.gather_rows(column.view(len(prompts), -1)) for column in (judged.objective, own_valid, rollout.length)
         )  # (P, K) each
@@ -122,8 +122,9 @@ def start(life: exits.Life) -> None:
     begun = setup.begin(given)
     config = toy.stand_in(given, life.stack)
     inputs = setup.check(config, begun)
-    life.folder = setup.open_run_folder(inputs, "toy" if given.policy is None else Path(given.policy).name)
+    life.folder, identity = setup.open_run_folder(inputs, "toy" if given.policy is None else Path(given.policy).name)
     actor = setup.load(inputs)
+    setup.begin_run(life.folder, identity)
     with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:
         train(actor, inputs.data, run)
 

@@ -133,7 +133,7 @@ def buried(pids: list[int], patience: float) -> list[int]:
 def digest(run: Path) -> str:
     """Of all that must be the same: weights, optimizer, and the logs without times."""
     last = sorted(run.glob("checkpoints/step-*"))[-1]
-    parts = [last.name.encode(), *((last / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer"))]
+    parts = [last.name.encode(), *((last / name).read_bytes() for name in ("model.safetensors", checkpoint.OPTIMIZER))]
     for line in (run / "metrics.jsonl").read_text().splitlines():
         kept = {k: v for k, v in json.loads(line).items() if not k.startswith("time_") and k != "tokens_per_s"}
         parts.append(json.dumps(kept).encode())

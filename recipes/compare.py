@@ -266,8 +266,8 @@ def main() -> None:
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
     config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
-    given = data_flags(config, (config.rm_host or "", config.rm_port or 0))
-    settings = parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    given = data_flags(config, (config.rm_host or "127.0.0.1", config.rm_port or 1))
+    settings = parse(TrainConfig, "", [*given, *extra]).filled()  # refuse now, not in thirty runs
     for name in config.baselines:
         own_baseline.check(name, settings.num_rollouts_per_prompt)
     if own := {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval"} & {word.partition("=")[0] for word in extra}:
@@ -282,6 +282,7 @@ def main() -> None:
             prepared = toy.prepare()
             address = stack.enter_context(toy.server())
             config = dataclasses.replace(config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl"))
+            extra = [*(f"--{name.replace('_', '-')}={value}" for name, value in toy.DEFAULTS.items()), *extra]
         else:
             address = (str(config.rm_host), int(config.rm_port or 0))
         common = [*data_flags(config, address), *extra]

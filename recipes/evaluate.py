@@ -36,7 +36,8 @@ from reinforce.run import exits
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.group import Group, make_groups
-from reinforce.run.metrics import distinct, mean_and_error, mean_reward
+from reinforce.run.metrics import distinct, mean_and_error, mean_reward, rewards_of
+from reinforce.run.resume import date_of
 from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 
@@ -86,7 +87,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError(f"--run {run}: no checkpoints there; give --policy")
     initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
     host, port = config.rm_host, config.rm_port
-    if base.policy is None or toy.holds(base.policy):
+    if base.policy is None or toy.is_toy(base.policy):
         folder = toy.prepare()
         initial, test = initial or str(folder / "policy"), test or str(folder / "validation.jsonl")
         if host is None:
@@ -95,7 +96,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
         raise ConfigError("--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) is not None}
+    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) not in (None, False)}
     base = dataclasses.replace(
         base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
         baseline="none", initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp",
@@ -135,7 +136,7 @@ def summary(groups: list[Group]) -> dict[str, Any]:
 
 def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
     """Both policies' numbers, and the paired ones; each list has one group of one response a prompt, in the same order."""
-    difference = [b.reward[0] - a.reward[0] for a, b in zip(before, after, strict=True)]
+    difference = [b - a for a, b in zip(rewards_of(before), rewards_of(after), strict=True)]
     wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in difference]
     return {
         "prompts": len(before),
@@ -184,7 +185,7 @@ def main() -> None:
     config = parse(Config, __doc__)
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
-        initial, data = set_up(settings, "--initial-policy", "--test-data")
+        initial, data = set_up(settings, "--initial-policy", "--test-data", date_of(run))
         prompts = data.prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")

@@ -42,7 +42,7 @@ def fit(
     for step in bar:
         batch = step_prompts(n, plan.batch_size, plan.seed, step)
         divisor, total = sum(count[i] for i in batch), 0.0
-        for part in micro_batches([length[i] for i in batch], len(batch), plan.micro_batch_tokens):
+        for part in micro_batches([length[i] for i in batch], [0] * len(batch), len(batch), plan.micro_batch_tokens):
             loss = loss_sum([batch[i] for i in part]) / divisor
             loss.backward()
             total += loss.item()

@@ -27,7 +27,8 @@ from reinforce.data.preferences import Messages, conversation, side
 from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
-from reinforce.logprobs import Scorer, head_is_plain
+from reinforce.guard import head_is_plain
+from reinforce.logprobs import Scorer
 from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer, with_template
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder

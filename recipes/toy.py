@@ -81,6 +81,7 @@ MOODS = {**dict.fromkeys(GOOD, 1), **dict.fromkeys(BAD, -1), **dict.fromkeys(PLA
 CLAUSE = rf"the ({'|'.join(' '.join(PARTS.values()).split())}) was (very )?({'|'.join(MOODS)})"
 MAX_CLAUSES = 3
 MAX_NEW_TOKENS = 24
+DEFAULTS = {"lr": 7e-4, "max_new_tokens": MAX_NEW_TOKENS}  # of train.py's flags
 
 
 def make_prompt(rng: random.Random) -> tuple[str, str]:
@@ -127,7 +128,7 @@ def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
     )  # fmt: skip
 
 
-def holds(policy: str) -> bool:
+def is_toy(policy: str) -> bool:
     """Whether a policy's folder is the toy's, of this version or an earlier one."""
     place = Path(policy).resolve()
     return place.name == "policy" and place.parent.parent == ROOT / "cache" and place.parent.name.startswith("toy-")
@@ -161,7 +162,8 @@ def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
     Every rank calls it, rank 0 prepares and serves.
     """
     if config.policy is not None:
-        return config
+        return config.filled()
+    config = config.filled(DEFAULTS)
     folder = distributed.together(lambda: str(prepare()), only_first=True)
     host, port = distributed.together(lambda: stack.enter_context(server()), only_first=True)
     if distributed.rank() == 0:

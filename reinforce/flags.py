@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
@@ -23,12 +24,12 @@ def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = ()
             raise ConfigError(f"{spelled(name)} is missing (--help lists every flag)")
     for name in positive:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{spelled(name)} is {value}; it must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{spelled(name)} is {value}; it must be positive{' and finite' if value == math.inf else ''}")
     for name in not_negative:
         value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{spelled(name)} is {value}; it must not be negative")
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{spelled(name)} is {value}; it must {'be finite' if value == math.inf else 'not be negative'}")
 
 
 def spelled(name: str) -> str:

@@ -2,15 +2,18 @@
 
 Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update. Here the base model gives
 hidden states, and the output head runs on the real response tokens alone, in chunks whose logits are recomputed in the
-backward pass. That is exact where logits = head(hidden states); `head_is_plain` finds out, and other models (Gemma-2 caps its
+backward pass. That is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its
 logits, Cohere and Granite scale them) take their own forward pass.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from reinforce.head import float32_product
 
 CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 
@@ -28,17 +31,6 @@ def policy_logits(logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor
     return logits
 
 
-def head_is_plain(model: nn.Module) -> bool:
-    """Whether the logits of this causal language model are its output head applied to the base model's last hidden state."""
-    hf = cast(Any, model)
-    ids = torch.arange(4, device=next(model.parameters()).device)[None]  # (1, 4)
-    with torch.no_grad():
-        logits = hf(input_ids=ids, use_cache=False).logits
-        hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head = hf.get_output_embeddings()
-        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(head(hidden), logits, atol=1e-5)
-
-
 class Scorer(nn.Module):
     """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
 
@@ -50,7 +42,7 @@ class Scorer(nn.Module):
         end_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
     ) -> None:
-        """`model` is a Hugging Face causal language model, `plain` its `head_is_plain`; the others are the sampler's."""
+        """`model` is a Hugging Face causal language model, `plain` its `guard.head_is_plain`; the others are the sampler's."""
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -70,10 +62,10 @@ class Scorer(nn.Module):
         inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": place, "use_cache": False}
         if self.plain:
             states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][mask]  # (n, H), n response tokens
-            head = hf.get_output_embeddings()
+            head = float32_product(hf.get_output_embeddings())
         else:
             states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][mask]  # (n, V)
-            head = nn.Identity()
+            head = Tensor.float
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
@@ -85,6 +77,6 @@ class Scorer(nn.Module):
         """The model's own forward pass, for sampling; a sharded model is entered through here or through `forward`."""
         return self.model(**inputs)
 
-    def _token_logp(self, head: nn.Module, states: Tensor, token: Tensor, t: Tensor) -> Tensor:
+    def _token_logp(self, head: Callable[[Tensor], Tensor], states: Tensor, token: Tensor, t: Tensor) -> Tensor:
         logits = policy_logits(head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens)
         return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]  # (n,)

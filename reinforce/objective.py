@@ -41,12 +41,15 @@ def objective(
     return reward
 
 
-def counted(finished: Tensor, truncated: str) -> Tensor:
-    """`valid` of each response, (B,) bool: all count, or with --truncated drop the finished ones.
+def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
+    """`valid` of each response, (B,) bool: those that have a reward, with --truncated drop the finished ones among them.
 
-    Dropping is biased: with rloo it follows E[R | finished], with no baseline E[R * 1{finished}].
+    A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For one prompt, rloo follows
+    E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts, N counts the rows of all of them, so a prompt with
+    few counted rows weighs less: rloo weighs grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
 
-    >>> counted(torch.tensor([True, False]), "drop")
-    tensor([ True, False])
+    >>> counted(torch.tensor([True, False, True]), torch.tensor([1.0, 1.0, torch.nan]), "drop")
+    tensor([ True, False, False])
     """
-    return finished if truncated == "drop" else torch.ones_like(finished)
+    answered = ~torch.isnan(reward)
+    return answered & finished if truncated == "drop" else answered

@@ -31,7 +31,7 @@ def load_named(spec: str, flag: str) -> Named:
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"{flag} {spec}: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickle look there
+    sys.modules[module_spec.name] = module  # dataclasses look there
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

@@ -4,18 +4,25 @@ Dropout is off for good: the policy that is scored must be the policy that was s
 obstacle, since masks come from lengths. Left out: LoRA, quantised weights, and code that ships with a checkpoint.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reinforce.errors import ConfigError
+from reinforce.head import give_float32_logits
 from reinforce.text import TEMPLATE
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
+
+@functools.cache  # once is enough
 def announce(name: str, flag: str) -> None:
     """Say what is fetched before the wait for a network that may not be there."""
     if not Path(name).is_dir():
@@ -27,10 +34,12 @@ def load_tokenizer(name: str, flag: str = "--policy") -> Any:
     announce(name, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a bad file makes the libraries below raise what they like
         raise ConfigError(f"{flag} {name}: no tokenizer there ({first_line(error)})") from error
     tokenizer.clean_up_tokenization_spaces = False
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(f"{flag} {name}: its tokenizer has neither pad nor end token; set one in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         print(f"{flag} {name}: no pad token; padding with its end token {tokenizer.eos_token!r} (masks come from lengths)")
     return tokenizer
@@ -66,13 +75,58 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
     return tuple(sorted(ids))
 
 
-def context_length(name: str, flag: str = "--policy") -> int | None:
-    """Longest sequence the model takes, in tokens, from its config alone; None if it names none. Raises ConfigError."""
+def read_config(name: str, flag: str = "--policy") -> Any:
+    """The model's configuration. Raises ConfigError where it is not one of a causal language model that can be trained."""
+    announce(name, flag)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config.get_text_config()
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # a bad file makes transformers raise what it likes
         raise ConfigError(f"{flag} {name}: no config.json that transformers can read ({first_line(error)})") from error
-    return getattr(config, "max_position_embeddings", None)
+    architecture = (getattr(config, "architectures", None) or ["?"])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        raise ConfigError(f"{flag} {name}: a {architecture}, not a policy; were --policy and --reward-model swapped?")
+    if method := (getattr(config, "quantization_config", None) or {}):
+        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+        raise ConfigError(f"{flag} {name}: its weights are quantised ({kind}); give a folder of full weights")
+    return config
+
+
+def context_length(name: str, flag: str = "--policy") -> int | None:
+    """Longest sequence for which log pi depends on the row alone, in tokens, from the config; None if it names none.
+
+    Beyond its original length a longrope model takes other frequencies for the whole batch as soon as one row is that long, and
+    sparse attention picks among more positions than it keeps. Raises ConfigError.
+    """
+    config = read_config(name, flag).get_text_config()
+    lengths = [getattr(config, "max_position_embeddings", None), getattr(config, "index_topk", None)]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
+        if rope.get("rope_type", rope.get("type")) == "longrope":
+            lengths += [getattr(config, "original_max_position_embeddings", None), rope.get("original_max_position_embeddings")]
+    known = [length for length in lengths if length is not None]
+    return min(known) if known else None
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks inside, as Hugging Face names their classes or marks them, inner ones first."""
+    names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    inner_first = list(reversed(list(module.modules())))
+    named = [m for m in inner_first if type(m).__name__ in names]
+    return named or [m for m in inner_first if isinstance(m, GradientCheckpointingLayer)]
+
+
+def checkpoint_blocks(model: nn.Module) -> bool:
+    """From now on keep no activations inside a block, but compute them again in the backward pass; whether there are blocks.
+
+    The model stays in eval mode: transformers' own switch works in train mode alone, in which routers and layer drops are random.
+    """
+    found = blocks(model)
+    for block in found:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return bool(found)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -94,24 +148,36 @@ def load_policy(
     `frozen_dtype` is for the reference, which is never updated: it stores the weights of linear layers as autocast would
     cast them, so it scores exactly as the policy does, in half the memory.
     """
-    announce(name, flag)
+    read_config(name, flag)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # what a damaged file, a wrong shape or an unknown architecture makes transformers raise
         raise ConfigError(f"{flag} {name}: not a causal language model in safetensors ({first_line(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
+    refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ConfigError(f"{flag} {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings")
-    model = without_dropout(model).to(device)
+    model = give_float32_logits(without_dropout(model).to(device))
     if frozen_dtype is not None:
         model.requires_grad_(False)
-        tied = cast(Any, model).get_input_embeddings().weight
+        kept = (cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings())
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight is not tied:
+            if isinstance(module, nn.Linear) and module not in kept:
                 module.to(frozen_dtype)
     return model
+
+
+def refuse_foreign_weights(names: list[str], where: str) -> None:
+    """Raise ConfigError if a checkpoint holds a classifier's head; say it in a line if it holds other weights that nobody uses."""
+    heads = [name for name in names if name.split(".")[0] in ("score", "classifier", "classification_head")]
+    if heads:
+        raise ConfigError(f"{where}: it holds a classifier's head ({heads[0]}), not a policy; was it meant as --reward-model?")
+    if names:
+        print(f"{where}: {len(names)} weights of the checkpoint are not used ({', '.join(names[:3])})", file=sys.stderr)

@@ -19,11 +19,24 @@ from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
 
 RETRIED = (408, 429, 502, 503, 504)
+REFUSED = (400, 413, 422, 500, 507)  # the server's word on a text: asking again would bring it again
 PROBE = "hello"
 
 
 class ForeignServiceError(RewardError):
     """Something else than a reward server listens there."""
+
+
+class RefusedError(RewardError):
+    """The server refuses a text; `index` is its number in the request, None if the server does not say which."""
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        """`message` is for the user."""
+        super().__init__(message)
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.index)  # another rank's is raised here, too
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,13 @@ class RewardClient:
             raise ValueError(f"columns of different lengths: { {n: len(c) for n, c in given.items()} }")
         rewards: list[float] = []
         for start in range(0, count, info.max_texts):
-            rewards += self._score({name: column[start : start + info.max_texts] for name, column in given.items()})
+            part = {name: column[start : start + info.max_texts] for name, column in given.items()}
+            try:
+                rewards += self._score(part)
+            except RefusedError as error:
+                alone = len(next(iter(part.values()))) == 1
+                at = 0 if alone else error.index
+                raise RefusedError(str(error), None if at is None else start + at) from error
         return rewards
 
     def _score(self, columns: dict[str, list[Any]]) -> list[float]:
@@ -182,7 +201,11 @@ class RewardClient:
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
         if reply.status != 200:
-            raise RewardError(f"{self.url}{path} answered HTTP {reply.status}: {reply.body[:200].decode('utf-8', 'replace')!r}")
+            said = f"{self.url}{path} answered HTTP {reply.status}: {reply.body[:200].decode('utf-8', 'replace')!r}"
+            if reply.status in REFUSED and path == "/get_reward":
+                texts = payload.get("query") or payload.get("messages") or []
+                raise RefusedError(said, _index_of(reply.body, len(texts)))
+            raise RewardError(said)
         if reply.kind != "application/json":
             raise RewardError(f"{self.url}{path} answered {reply.kind or 'without a type'}, not application/json")
         try:
@@ -206,6 +229,15 @@ class RewardClient:
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise RewardError(f"{self.url}: reward {i} is {value!r}, not a finite number")
         return [float(value) for value in rewards]
+
+
+def _index_of(body: bytes, count: int) -> int | None:
+    """The index that an error names, if it is one of the request's."""
+    try:
+        index = json.loads(body)["index"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return index if type(index) is int and 0 <= index < count else None
 
 
 def _parse_info(body: bytes) -> ServerInfo | None:

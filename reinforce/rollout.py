@@ -27,9 +27,9 @@ class Rollout:
         return self.mask.sum(1)
 
     @property
-    def total_length(self) -> Tensor:
-        """Tokens per row, prompt and response, (B,)."""
-        return self.prompt_mask.sum(1) + self.length
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Prompt tokens and response tokens of each row."""
+        return self.prompt_mask.sum(1).tolist(), self.length.tolist()
 
     def take(self, rows: Sequence[int]) -> "Rollout":
         """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
@@ -81,16 +81,21 @@ class Batch:
         return Batch(part, self.advantage[at], weight, old, rows)
 
 
-def micro_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+def micro_batches(prompt: Sequence[int], response: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
     """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
 
-    >>> micro_batches([9, 2, 3, 8], max_rows=3, max_tokens=20)
-    [[1, 2], [3, 0]]
+    `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest prompt and its longest response.
+
+    >>> micro_batches([8, 1, 1, 1], [1, 1, 2, 7], max_rows=3, max_tokens=20)
+    [[1, 2], [3], [0]]
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * lengths[row] <= max_tokens:
+    wide = long = 0  # of the batch that is being filled
+    for row in sorted(range(len(prompt)), key=lambda i: prompt[i] + response[i]):
+        wide, long = max(wide, prompt[row]), max(long, response[row])
+        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * (wide + long) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
+            wide, long = prompt[row], response[row]
     return batches

@@ -148,7 +148,7 @@ def sample(
         logp[alive, t] = token_logp.gather(1, token[:, None])[:, 0]
         ended = torch.isin(token, end_ids)  # (n,)
         if how.end_strings and how.decode is not None and t + 1 >= how.min_new_tokens:
-            ended |= completes(response[alive, : t + 1], how.end_strings, how.decode)
+            ended |= completes(torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1), how.end_strings, how.decode)
         length[alive[ended]] = t + 1
         finished[alive[ended]] = True
         if t + 1 == t_max or bool(ended.all()):
@@ -171,9 +171,17 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def completes(response: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Tensor:
-    """Which responses (n, t) hold an end string that their last token completed, (n,) bool."""
-    window = max(len(s.encode()) for s in end_strings) + 1  # a token is at least one byte
-    tails = response[:, -window:].tolist()
-    done = [any(s in decode(tail) and s not in decode(tail[:-1]) for s in end_strings) for tail in tails]
-    return torch.tensor(done, device=response.device)
+def completes(tokens: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Tensor:
+    """Which responses hold an end string that their last token completed, (n,) bool; tokens (n, 1 + t), the prompt's last first.
+
+    Only text after the first of the tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the
+    space before a text's first word.
+    """
+    window = max(len(s.encode()) for s in end_strings) + 2  # a token is at least one byte
+
+    def said(ids: list[int]) -> str:
+        return decode(ids)[len(decode(ids[:1])) :]
+
+    tails = tokens[:, -window:].tolist()
+    done = [any(s in said(tail) and s not in said(tail[:-1]) for s in end_strings) for tail in tails]
+    return torch.tensor(done, device=tokens.device)

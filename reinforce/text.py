@@ -4,6 +4,8 @@ The reward model reads text that stands for exactly the sampled tokens: special 
 response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
 """
 
+import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +18,9 @@ TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
     "if m.role == 'assistant' else '\\n\\n' }}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+
+
+NOW = r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)"""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, **how: Any) -> str:
-    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it."""
+def render(tokenizer: Any, messages: list[dict[str, str]], where: str, date: str | None = None, **how: Any) -> str:
+    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it.
+
+    Some templates print the day, by `strftime_now`; `date`, YYYY-MM-DD, is then that day and not today, so that a prompt has the
+    same tokens when a run goes on tomorrow. The tokenizer's own template stays as it is.
+    """
+    if date is not None and "strftime_now" in str(tokenizer.chat_template):
+        day = datetime.date.fromisoformat(date)
+        template = tokenizer.get_chat_template()
+        how["chat_template"] = re.sub(NOW, lambda call: repr(day.strftime(call["format"])), template)
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
     except Exception as error:  # templates raise what they like
@@ -67,24 +80,32 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
     return [row[:n] for row, n in zip(rollout.response.tolist(), rollout.length.tolist(), strict=True)]
 
 
-def reward_request(tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, as_text: bool) -> dict[str, list[Any]]:
-    """Arguments of RewardClient.rewards for a rollout of B rows, row b of prompt b // (B / P).
+def reward_requests(
+    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, as_text: bool
+) -> list[tuple[list[int], dict[str, list[Any]]]]:
+    """(rows, arguments of RewardClient.rewards) for a rollout of B rows, row b of prompt b // (B / P).
 
-    Messages if every prompt has them and `as_text` is not asked for, else one text a row; always with prompts, finished and
-    the response without special tokens, for rewards that are plain functions of a text.
+    Rows whose prompt has messages are sent as messages, unless `as_text` is asked for, all others as one text a row: so two
+    requests where a file mixes them. Always with prompts, finished and the response without special tokens, for rewards that are
+    plain functions of a text.
     """
-    ids = response_ids(rollout)
+    ids, finished = response_ids(rollout), rollout.finished.tolist()
     k = len(ids) // len(prompts)
-    rows = [(prompts[b // k], ids[b]) for b in range(len(ids))]
-    plain = [decoded(tokenizer, p.ids, r, skip_special_tokens=True) for p, r in rows]
-    request: dict[str, list[Any]] = {
-        "prompts": [p.text for p, _ in rows], "finished": rollout.finished.tolist(), "completions": plain,
-    }  # fmt: skip
-    if any(p.label is not None for p in prompts):
-        request["labels"] = [p.label for p, _ in rows]
-    if not as_text and all(p.messages is not None for p in prompts):
-        said = [{"role": "assistant", "content": text} for text in plain]
-        request["messages"] = [[*(p.messages or []), answer] for (p, _), answer in zip(rows, said, strict=True)]
-    else:
-        request["query"] = [p.text + decoded(tokenizer, p.ids, r, skip_special_tokens=False) for p, r in rows]
-    return request
+    chat = [p.messages is not None and not as_text for p in prompts]
+    requests = []
+    for as_messages in sorted(set(chat)):
+        numbers = [b for b in range(len(ids)) if chat[b // k] == as_messages]
+        rows = [(prompts[b // k], ids[b]) for b in numbers]
+        plain = [decoded(tokenizer, p.ids, r, skip_special_tokens=True) for p, r in rows]
+        request: dict[str, list[Any]] = {
+            "prompts": [p.text for p, _ in rows], "finished": [finished[b] for b in numbers], "completions": plain,
+        }  # fmt: skip
+        if any(p.label is not None for p, _ in rows):
+            request["labels"] = [p.label for p, _ in rows]
+        if as_messages:
+            said = [{"role": "assistant", "content": text} for text in plain]
+            request["messages"] = [[*(p.messages or []), answer] for (p, _), answer in zip(rows, said, strict=True)]
+        else:
+            request["query"] = [p.text + decoded(tokenizer, p.ids, r, skip_special_tokens=False) for p, r in rows]
+        requests.append((numbers, request))
+    return requests

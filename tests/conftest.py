@@ -91,7 +91,7 @@ def small_flags(small, server_port):
     """A run of three steps an epoch on the small models: six prompts a step, K = 2."""
     return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
             "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2",
-            "--max-new-tokens", "8", "--val-check-interval", "2"]  # fmt: skip
+            "--max-new-tokens", "8", "--lr", "7e-4", "--val-check-interval", "2"]  # fmt: skip
 
 
 @pytest.fixture

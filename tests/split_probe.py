@@ -65,10 +65,12 @@ def measure(name, flags, policy, tokenizer):
     """Token ids, gradient, parameters after three steps, and how often a block ran forward in the first backward()."""
     flags = {"device": "cpu", "precision": "fp32", "initial_policy_kl_penalty": 0.0, "max_new_tokens": 12,
              "num_rollouts_per_prompt": K, **flags}  # fmt: skip
-    config = TrainConfig(**flags)
+    config = TrainConfig(**flags).filled()
     device = torch.device("cpu")
     distributed.start(device, alone=config.parallel == "fsdp")
-    inputs = Inputs(config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), Data([], [], 1, 0), None)
+    inputs = Inputs(
+        config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), Data(prompts(tokenizer), [], 1, 0), None
+    )
     actor = load(inputs)
     mine = distributed.deal(prompts(tokenizer))
     out = actor.sample(mine, 0)

@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
+import torch
 from conftest import tiny_llama
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes import toy
@@ -31,8 +33,6 @@ def test_the_last_checkpoint_and_the_best_of_the_others_are_kept(tmp_path):
 def test_a_checkpoint_is_an_ordinary_folder_with_tied_weights_once(tmp_path):
     model = toy.LlamaForCausalLM(toy.make_config(toy.make_tokenizer()))
     folder = checkpoint.save(tmp_path, 7, model, None, toy.make_tokenizer(), {}, 1)
-    from safetensors.torch import load_file
-
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert AutoModelForCausalLM.from_pretrained(folder).lm_head.weight.equal(model.lm_head.weight)
 
@@ -50,3 +50,59 @@ def test_a_kill_before_the_rename_leaves_the_earlier_checkpoint_and_no_half_one(
     assert [n for n in names(tmp_path) if n.startswith("step-")] == ["step-000001"]
     save(tmp_path, 2, 0.6)
     assert names(tmp_path) == ["step-000001", "step-000002"], "the half-written one is swept"
+
+
+def test_of_checkpoints_that_are_equally_good_the_newer_is_kept(tmp_path):
+    """Without validation all are, and the oldest is nobody's choice."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, None)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+    save(tmp_path, 5, 0.5)
+    save(tmp_path, 6, 0.5)
+    assert names(tmp_path) == ["step-000005", "step-000006"]
+
+
+def stepped(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_inference_engines_find_the_weights_and_nothing_else(tmp_path):
+    """vLLM and SGLang read every *.safetensors beside config.json: each name there must be a parameter of the model."""
+    model = tiny_llama()
+    folder = checkpoint.save(tmp_path, 3, model, stepped(model), toy.make_tokenizer(), {}, 1)
+    read = {}
+    for path in folder.glob("*.safetensors"):
+        read |= load_file(path)
+    assert read.keys() <= model.state_dict().keys() and len(read) >= 20
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert "training/optimizer.safetensors" in files and checkpoint.flaw(folder) is None
+    place = folder / "training/optimizer.safetensors"
+    data = bytearray(place.read_bytes())
+    data[-1] ^= 1
+    place.write_bytes(data)
+    assert checkpoint.flaw(folder) == "training/optimizer.safetensors is not what was written (sha256)"
+
+
+def test_an_optimizer_in_the_old_place_is_still_read(tmp_path):
+    model = tiny_llama()
+    optimizer = stepped(model)
+    folder = checkpoint.save(tmp_path, 3, model, optimizer, toy.make_tokenizer(), {}, 1)
+    (folder / "training/optimizer.safetensors").rename(folder / "optimizer.safetensors")
+    other = torch.optim.AdamW(model.parameters(), lr=0.1)
+    checkpoint.restore(folder, model, other)
+    for p in model.parameters():
+        assert all(torch.equal(other.state[p][key], optimizer.state[p][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_the_files_have_the_permissions_that_the_umask_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        model = tiny_llama()
+        folder = checkpoint.save(tmp_path, 1, model, stepped(model), toy.make_tokenizer(), {}, 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o644}

@@ -31,10 +31,14 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--truncated", "penalize", "--missing-eos-penalty", "-1"], "--missing-eos-penalty is -1.0"), (["--kl", "k3"], "--kl"),
     (["--kl-reduce", "max"], "--kl-reduce"), (["--loss-norm", "batch"], "--loss-norm"), (["--preset", "trl"], "--preset"),
     (["--initial-policy-kl-penalty", "-1"], "--initial-policy-kl-penalty"), (["--val-top-p", "0"], "--val-top-p"),
+    (["--initial-policy-kl-penalty", "inf"], "must be finite"), (["--lr", "inf"], "--lr is inf; it must be positive and finite"),
+    (["--lr", "nan"], "--lr is nan"), (["--skip-refused", "-1"], "--skip-refused"), ([*HERE[:2], "--rm-port", "0"], "--rm-port is 0"),
+    (["--rm-host", "http://here", "--rm-port", "1"], "--rm-host 'http://here' is no host"),
+    (["--rm-host", "a b", "--rm-port", "1"], "is no host"), (["--min-lr", "inf"], "--min-lr is inf; it must be finite"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
     with pytest.raises(ConfigError) as refused:
-        parse(TrainConfig, "", flags)
+        parse(TrainConfig, "", flags).filled(toy.DEFAULTS)
     assert reason in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -161,7 +165,7 @@ def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(smal
 
 
 def test_a_model_without_a_language_head_is_refused(small):
-    with pytest.raises(ConfigError, match="not a trained causal language model"):
+    with pytest.raises(ConfigError, match="LlamaForSequenceClassification, not a policy; were --policy and --reward-model swapped"):
         load_policy(untied(small), toy.make_tokenizer(), torch.device("cpu"))
 
 
@@ -211,4 +215,4 @@ def test_a_context_too_short_for_the_response_is_refused(small, server_port):
         server_port,
     ]
     assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
-    assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2")
+    assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2", "--max-new-tokens", "8")

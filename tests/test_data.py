@@ -9,7 +9,7 @@ from hypothesis import given
 
 from recipes import toy
 from reinforce.data.prompts import check_record, step_prompts, steps_per_epoch, tokenize
-from reinforce.data.records import read_records
+from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
 from reinforce.text import encode
 
@@ -97,3 +97,9 @@ def test_the_toys_grammar_knows_the_sentiment_of_its_own_reviews_only(seed):
     assert toy.sentiment(review) == by_hand
     assert toy.sentiment(review + " .") is None and toy.sentiment("superb " + review) is None
     assert json.loads(json.dumps(review)) == review
+
+
+@pytest.mark.parametrize("record", [{"prompt": "a \ud800 b"}, {"messages": [{"role": "user", "content": "\udfff"}]}])
+def test_half_a_surrogate_pair_is_a_bad_line(record):
+    with pytest.raises(BadLineError, match="half of a surrogate pair"):
+        check_record(record)

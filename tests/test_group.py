@@ -13,7 +13,7 @@ from reinforce.objective import Judged
 from reinforce.run.group import make_groups
 from reinforce.sampler import Sampling, row_seed, sample
 from reinforce.serving.reward_model import query_ids
-from reinforce.text import decoded, response_ids, reward_request
+from reinforce.text import decoded, response_ids, reward_requests
 
 
 def rollout(tokenizer, records, k=16, pad_id=None):
@@ -28,7 +28,8 @@ def rollout(tokenizer, records, k=16, pad_id=None):
 def test_query_text_is_read_as_exactly_the_sampled_tokens():
     tokenizer = toy.make_tokenizer()
     prompts, out = rollout(tokenizer, [{"prompt": "anna on the pizza in rome :"}, {"prompt": "ben on the film :", "label": 3}])
-    request = reward_request(tokenizer, prompts, out, as_text=False)
+    ((rows, request),) = reward_requests(tokenizer, prompts, out, as_text=False)
+    assert rows == list(range(len(out.finished)))
     special = {tokenizer.pad_token_id, tokenizer.bos_token_id}
     checked = 0
     for b, ids in enumerate(response_ids(out)):
@@ -47,11 +48,34 @@ def test_messages_carry_the_response_without_special_tokens_and_can_be_sent_as_t
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}on{% endif %}"
     prompts, out = rollout(tokenizer, [{"messages": [{"role": "user", "content": "pizza :"}]}])
-    request = reward_request(tokenizer, prompts, out, as_text=False)
+    ((rows, request),) = reward_requests(tokenizer, prompts, out, as_text=False)
+    assert rows == list(range(len(out.finished)))
     assert "query" not in request
     for chat, plain in zip(request["messages"], request["completions"], strict=True):
         assert chat[0] == {"role": "user", "content": "pizza :"} and chat[1] == {"role": "assistant", "content": plain}
-    assert reward_request(tokenizer, prompts, out, as_text=True)["query"][0].startswith("<s> pizza : on")
+    assert reward_requests(tokenizer, prompts, out, as_text=True)[0][1]["query"][0].startswith("<s> pizza : on")
+
+
+def test_a_file_that_mixes_texts_and_messages_sends_each_prompt_in_its_own_form_whatever_its_neighbours():
+    """Decided for a whole batch, the same prompt would be sent as text on one rank and as messages on two."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "<s> {% for m in messages %}{{ m.content }} {% endfor %}"
+    records = [{"prompt": "anna on the pizza :"}, {"messages": [{"role": "user", "content": "pizza :"}]}, {"prompt": "ben :"}]
+    prompts, out = rollout(tokenizer, records)
+    k = len(out.finished) // 3
+    sent = {}
+    for rows, request in reward_requests(tokenizer, prompts, out, as_text=False):
+        for i, b in enumerate(rows):
+            sent[b] = {name: column[i] for name, column in request.items()}
+    alone = []
+    for i, prompt in enumerate(prompts):
+        part = out.take(range(i * k, (i + 1) * k))
+        ((_, request),) = reward_requests(tokenizer, [prompt], part, as_text=False)
+        alone += [{name: column[j] for name, column in request.items()} for j in range(k)]
+    assert [sent[b] for b in range(3 * k)] == alone
+    assert ["messages" in sent[b] for b in range(3 * k)] == [b // k == 1 for b in range(3 * k)]
+    ((rows, request),) = reward_requests(tokenizer, prompts, out, as_text=True)
+    assert "query" in request and len(rows) == 3 * k
 
 
 def test_a_space_between_prompt_and_response_is_not_lost():

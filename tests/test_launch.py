@@ -76,7 +76,7 @@ def test_the_exit_code_is_the_trainers_and_its_reason_comes_last(launch, tmp_pat
     args = (tmp_path / "trainer.args").read_text()
     assert "--rm-host 127.0.0.1 --rm-port 9 --rm-wait 600" in args and "--max-steps 3 --log-dir runs/run-" in args
     assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1" in args and "--max-restarts" not in args
-    assert (tmp_path / "runs/latest").is_symlink()
+    assert not (tmp_path / "runs/latest").exists(), "train.py moves it, once its models have passed"
 
 
 def test_ctrl_c_reaches_the_trainer_alone_and_the_server_is_stopped_after_it(launch, tmp_path):

@@ -6,8 +6,9 @@ from conftest import VOCABULARY, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from reinforce import logprobs
+from reinforce.guard import head_is_plain
 from reinforce.kl import k1
-from reinforce.logprobs import Scorer, head_is_plain
+from reinforce.logprobs import Scorer
 from reinforce.loss import reinforce_loss
 from reinforce.policy import without_dropout
 from reinforce.sampler import Sampling, row_seed, sample

@@ -116,7 +116,7 @@ def test_sft_of_chats_lowers_the_held_out_loss_and_gives_a_policy_that_train_py_
     assert after < before - 0.3
     assert "has no chat template; giving it HH-RLHF's" in out
     trained = train_here("--policy", tmp_path / "sft", "--train-data", pairs, "--rm-host", "127.0.0.1", "--rm-port", server, "--rm-format",
-                         "query", "--max-steps", "1", "--num-rollout-samples", "2", "--log-dir", tmp_path / "run")  # fmt: skip
+                         "query", "--max-steps", "1", "--max-new-tokens", "24", "--num-rollout-samples", "2", "--log-dir", tmp_path / "run")  # fmt: skip
     assert trained.returncode == 0, trained.stdout
     prompt = json.loads((tmp_path / "run/rollouts.jsonl").read_text().splitlines()[0])["prompt"]
     assert prompt.startswith("<s>\n\nHuman: ") and prompt.endswith("\n\nAssistant:")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def assert_same(a, b):
     """Two runs that ended alike: parameters, optimizer, every line of their logs."""
     x, y = (checkpoint.steps(run)[-1] for run in (a, b))
     assert x.name == y.name and untimed(a) == untimed(b)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
         one, other = load_file(x / name), load_file(y / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     for name in ("rollouts.jsonl", "validation.jsonl"):
@@ -135,7 +136,7 @@ def damage(folder, how):
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
     elif how == "missing":
-        (folder / "optimizer.safetensors").unlink()
+        (folder / checkpoint.OPTIMIZER).unlink()
     elif how == "garbage":
         (folder / "state.json").write_text("{")
     else:
@@ -199,7 +200,7 @@ def test_resume_must_and_never_do_what_they_say(six, tmp_path):
     (began / "identity.json").write_text("{}")
     with pytest.raises(ConfigError, match="no checkpoint yet"):
         resume.plan(began, "must")
-    assert resume.plan(began, "auto") == resume.Start()
+    assert resume.plan(began, "auto") == resume.Start()  # a run of an older version, without a date
 
 
 @pytest.mark.parametrize(("change", "told"), [
@@ -300,12 +301,10 @@ def test_a_second_signal_before_the_first_step_is_not_a_second_end():
 def test_nothing_in_a_checkpoint_is_a_pickle(six):
     _, right = six
     folder = checkpoint.steps(right)[-1]
-    kinds = {path.suffix for path in folder.iterdir()}
-    assert kinds <= {".safetensors", ".json", ".jinja"}, kinds
-    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {p.name for p in folder.iterdir()} - {
-        "manifest.json"
-    }
-    moments = load_file(folder / "optimizer.safetensors")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".jinja"}, files
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == files - {"manifest.json"}
+    moments = load_file(folder / checkpoint.OPTIMIZER)
     assert "model.embed_tokens.weight.exp_avg_sq" in moments and not any(name.startswith("lm_head") for name in moments)
 
 
@@ -499,3 +498,88 @@ def test_a_rank_that_dies_or_hangs_ends_the_job_without_orphans_and_the_command_
     threading.Event().wait(0.1)
     out = torchrun(2, *words, "--max-steps", done + 1)
     assert out.returncode == 0 and f"going on after step {done}" in out.stdout, out.stdout
+
+
+def test_flags_that_say_the_same_in_other_words_are_no_other_run(six, tmp_path):
+    flags, right = six
+    shutil.copytree(right, tmp_path / "run")
+    same = ("--min-lr", "0.01", "--global-batch-size", "14")
+    assert "has all its 6 steps" in go(flags, tmp_path / "run", 6, *same)
+    assert "global_batch_size was None, is 2" in go(flags, tmp_path / "run", 6, "--global-batch-size", "2", code=2)
+
+
+def test_another_run_is_refused_before_any_model_is_loaded(six, tmp_path, monkeypatch):
+    """And the identity of a run that the guard refuses is never written, so its folder is free for the right command."""
+    from reinforce.run import setup
+
+    flags, right = six
+    shutil.copytree(right, tmp_path / "run")
+    monkeypatch.setattr(setup, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert "holds another run" in go(flags, tmp_path / "run", 6, "--temperature", "0.7", code=2)
+
+
+def test_runs_latest_moves_once_the_models_have_passed_and_only_for_folders_in_runs(six, small, tmp_path, monkeypatch):
+    flags, _ = six
+    flags = [str(Path(word).resolve()) if isinstance(word, Path) else word for word in flags]
+    monkeypatch.chdir(tmp_path)
+    go(flags, "runs/a", 1)
+    assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/a").resolve()
+    broken = tmp_path / "broken"
+    shutil.copytree(small / "policy", broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    go([*flags, "--policy", broken], "runs/b", 1, code=2)
+    go(flags, tmp_path / "elsewhere", 1)
+    assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/a").resolve()
+    go(flags, tmp_path / "runs" / "c", 1)
+    assert (tmp_path / "runs/latest").readlink() == Path("c")
+
+
+TODAY = "{% for m in messages %}on {{ strftime_now('%d') }} : {{ m.content }} {% endfor %}"
+
+
+def test_a_chat_template_that_prints_the_day_gives_the_same_prompts_when_the_run_goes_on_tomorrow(
+    small, server_port, tmp_path, monkeypatch
+):
+    import datetime
+
+    policy = tmp_path / "policy"
+    shutil.copytree(small / "policy", policy)
+    (policy / "chat_template.jinja").write_text(TODAY)
+    chats = [{"messages": [{"role": "user", "content": f"anna on the {thing}"}]} for thing in ("pizza", "hotel", "film", "phone")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    flags = ["--policy", policy, "--train-data", tmp_path / "chats.jsonl", "--rm-host", "127.0.0.1", "--rm-port", server_port,
+             "--num-rollout-samples", "4", "--max-new-tokens", "6", "--save-interval", "1", "--rm-format", "query"]  # fmt: skip
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2099, 1, 17)
+
+    go(flags, tmp_path / "run", 1)
+    go(flags, tmp_path / "whole", 2)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    go(flags, tmp_path / "run", 2)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    kept = tmp_path / "run/checkpoints/step-000002/chat_template.jinja"
+    assert kept.read_text() == TODAY and json.loads((tmp_path / "run/identity.json").read_text())["date"]
+    assert resume.date_of(tmp_path / "run") == datetime.date.today().isoformat() and resume.date_of(tmp_path) is None
+
+
+def test_auto_precision_goes_on_as_the_run_began_and_is_one_rule_for_all_processors(six, tmp_path, monkeypatch):
+    from reinforce import device as devices
+
+    cpu = torch.device("cpu")
+    for has, fast in (
+        ({"avx512_bf16": True}, False),
+        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert devices.bf16_is_fast(cpu) == fast
+    monkeypatch.setattr(devices, "SMALL", 0)
+    flags, right = six
+    shutil.copytree(right, tmp_path / "run")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert "fp32" in go(flags, tmp_path / "run", 7), "not bf16, which this processor is faster in"
+    assert "precision was auto, is bf16" in go(flags, tmp_path / "run", 8, "--precision", "bf16", code=2)

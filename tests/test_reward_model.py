@@ -109,3 +109,45 @@ def test_fingerprint_follows_the_weights_and_not_the_place(tmp_path):
         LlamaForSequenceClassification(toy.make_config(toy.make_tokenizer(), num_labels=1)).save_pretrained(folder)
     a, b, c = (fingerprint(str(n)) for n in names)
     assert a == b != c
+
+
+def test_the_day_of_a_template_is_the_flags_and_belongs_to_the_fingerprint(small, tmp_path):
+    import shutil
+
+    from reinforce.serving.config import ServeConfig
+    from reinforce.serving.protocol import Text
+    from reinforce.serving.reward import load_reward
+
+    folder = tmp_path / "rm"
+    shutil.copytree(small / "reward_model", folder)
+    chat = Text(None, [{"role": "user", "content": "anna"}, {"role": "assistant", "content": "ben"}], None, None, None, True)
+    plain, dated = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}",
+        "{% for m in messages %}{% if strftime_now('%d') == '05' %}the {% endif %}{{ m.content }} {% endfor %}",
+    )
+    found = {}
+    for template in (plain, dated):
+        (folder / "chat_template.jinja").write_text(template)
+        for date in ("2024-07-26", "2024-07-05"):
+            reward = load_reward(ServeConfig(reward_model=str(folder), date=date))
+            found[template, date] = reward.fingerprint, len(reward.encode(chat))
+    assert found[plain, "2024-07-26"] == found[plain, "2024-07-05"]
+    (a, short), (b, long) = found[dated, "2024-07-26"], found[dated, "2024-07-05"]
+    assert a != b and long == short + 2
+
+
+def test_a_conversation_that_cannot_be_continued_is_rendered_as_ended():
+    """The template drops what the response begins with, so transformers cannot find where to cut; a 422 would end a run."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content.split()[-1] }} {% endfor %}"
+    chat = [{"role": "user", "content": "anna"}, {"role": "assistant", "content": "the crust was superb"}]
+    assert messages_ids(tokenizer, chat, finished=False) == messages_ids(tokenizer, chat, finished=True) != []
+
+
+def test_scores_under_bf16_are_not_rounded_to_bfloat16(small):
+    """Of 400 texts, more than 300 had the same score as another one."""
+    model, tokenizer = load_reward_model(str(small / "reward_model"), torch.device("cpu"))
+    texts = [tokenizer(f"{a} on the {b} :")["input_ids"] for a in toy.PEOPLE for b in toy.PARTS]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = score(model, texts, 0)
+    assert len(set(scores.tolist())) > 1.25 * len(set(scores.bfloat16().tolist()))

@@ -147,13 +147,21 @@ def test_no_end_token_comes_before_the_minimum():
 
 def test_the_token_that_completes_an_end_string_ends_the_response_and_belongs_to_it():
     letters = "abcdefgh"
-    decode = lambda ids: "".join(letters[i] for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(letters[i % 8] for i in ids)  # noqa: E731
     how = Sampling(max_new_tokens=200, end_ids=(), pad_id=0, end_strings=("ab", "ccc"), decode=decode)
     out = sample(Fixed(torch.zeros(8)), PROMPTS, seeds(PROMPTS, 16), how)
     for row, mask, finished in zip(out.response, out.mask, out.finished, strict=True):
         text = decode(row[mask].tolist())
         assert finished == text.endswith(("ab", "ccc")) and not any(s in text[:-1] for s in ("ab", "ccc"))
-    assert completes(torch.tensor([[0, 1], [1, 0]]), ("ab",), decode).tolist() == [True, False]
+    assert completes(torch.tensor([[7, 0, 1], [7, 1, 0]]), ("ab",), decode).tolist() == [True, False]
+    assert completes(torch.tensor([[0, 1]]), ("ab",), decode).tolist() == [False], "half of it is the prompt's"
+
+
+def test_an_end_string_that_begins_with_a_space_is_seen_at_the_first_token():
+    """A tokenizer of the SentencePiece kind decodes " end" alone as "end"."""
+    words = {0: "▁the", 1: "▁end", 2: "▁cat"}
+    decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
+    assert completes(torch.tensor([[0, 1], [0, 2]]), (" end",), decode).tolist() == [True, False]
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens():
@@ -183,11 +191,15 @@ def test_taking_rows_cuts_padding_and_joining_puts_it_back():
         assert torch.equal(getattr(again, name), getattr(out, name)), name
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 100))
-def test_micro_batches_hold_every_row_once_within_both_caps(lengths, rows, tokens):
-    batches = micro_batches(lengths, rows, tokens)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_within_both_caps_of_what_is_really_padded(lengths, rows, tokens):
+    """Padded is to the longest prompt and the longest response, which may be two rows: up to twice the longest sum."""
+    prompt, response = zip(*lengths, strict=True)
+    batches = micro_batches(prompt, response, rows, tokens)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-    assert all(len(b) <= rows and (len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens) for b in batches)
+    for b in batches:
+        width = max(prompt[i] for i in b) + max(response[i] for i in b)
+        assert len(b) <= rows and (len(b) == 1 or len(b) * width <= tokens)
 
 
 def test_a_large_vocabulary_model_samples_the_same_alone_and_together():

@@ -61,11 +61,18 @@ def check_record(record: Any) -> dict[str, Any]:
             raise BadLineError('"messages" must be a list of {"role", "content"} strings that the assistant answers')
     elif not isinstance(value, str) or not value.strip():
         raise BadLineError(f'"{key}" must be a string that is not empty')
+    for text in [value] if isinstance(value, str) else [m[part] for m in value for part in ("role", "content")]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadLineError(f'"{key}" holds half of a surrogate pair, {error.object[error.start]!r}') from error
     return record
 
 
-def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, flag: str) -> tuple[list[Prompt], int]:
-    """Prompts of at most max_length tokens, and how many longer ones were dropped. Raises ConfigError."""
+def tokenize(
+    records: list[dict[str, Any]], tokenizer: Any, max_length: int, flag: str, date: str | None = None
+) -> tuple[list[Prompt], int]:
+    """Prompts of at most max_length tokens, and how many longer ones were dropped; `date` as of `render`. Raises ConfigError."""
     prompts, dropped = [], 0
     for index, record in enumerate(records):
         messages = record.get("messages")
@@ -74,7 +81,7 @@ def tokenize(records: list[dict[str, Any]], tokenizer: Any, max_length: int, fla
         if messages is None:
             text = record["prompt"] if "prompt" in record else record["text"]
         else:
-            text = render(tokenizer, messages, f"{flag}, prompt {index + 1}", add_generation_prompt=True)
+            text = render(tokenizer, messages, f"{flag}, prompt {index + 1}", date, add_generation_prompt=True)
         ids = tuple(encode(tokenizer, text) if messages is None else tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise ConfigError(f"{flag}: the tokenizer of --policy makes no tokens of prompt {index + 1}, {text!r}")

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from reinforce import device as devices
 from reinforce.logprobs import Scorer
-from reinforce.rm_client import RewardClient
+from reinforce.refused import Refusals, RefusedRowError, rewards_but_refused
+from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rollout import Batch, Rollout, micro_batches
 from reinforce.run import distributed
 from reinforce.run.config import TrainConfig
 from reinforce.run.update import Update
 from reinforce.sampler import Sampling, row_seed, sample_in_batches
-from reinforce.text import Prompt, reward_request
+from reinforce.text import Prompt, reward_requests
 
 
 class Clock:
@@ -59,6 +60,7 @@ class Actor:
     validation: Sampling
     device: torch.device
     bf16: bool
+    refusals: Refusals
     clock: Clock = field(default_factory=Clock)
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> Rollout:
@@ -81,15 +83,33 @@ class Actor:
         with devices.autocast(self.device, self.bf16):
             return sample_in_batches(self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device)
 
-    def reward(self, prompts: Sequence[Prompt], rollout: Rollout) -> Tensor:
-        """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along."""
-        with self.clock("reward"):
-            return distributed.together(lambda: self.ask(prompts, rollout))
+    def reward(self, prompts: Sequence[Prompt], rollout: Rollout, may_refuse: bool = False) -> Tensor:
+        """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along.
 
-    def ask(self, prompts: Sequence[Prompt], rollout: Rollout) -> Tensor:
-        """`reward` of one rank alone."""
-        request = reward_request(self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query")
-        return torch.tensor(self.client.rewards(**request), dtype=torch.float64)
+        With `may_refuse` a row that the server refuses is NaN, as often in a run as --skip-refused allows.
+        """
+        with self.clock("reward"):
+            most = self.refusals.left if may_refuse else 0
+            reward = distributed.together(lambda: self.ask(prompts, rollout, most))
+            if most:
+                self.refusals.take(sum(distributed.gather([int(reward.isnan().sum())])))
+        return reward
+
+    def ask(self, prompts: Sequence[Prompt], rollout: Rollout, most: int = 0) -> Tensor:
+        """`reward` of one rank alone; at most so many rows are NaN. Raises RefusedRowError where one more is refused."""
+        reward = torch.empty(len(rollout.finished), dtype=torch.float64)  # (B,)
+        for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query"):
+            try:
+                values = rewards_but_refused(self.client, request, most)
+            except RefusedError as error:
+                if error.index is None:
+                    raise
+                b = rows[error.index]
+                prompt = prompts[b * len(prompts) // len(reward)]
+                raise RefusedRowError(str(error), prompt.index, prompt.text, request["completions"][error.index]) from error
+            most -= values.count(None)
+            reward[rows] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
+        return reward
 
     def reference_logp(self, rollout: Rollout) -> Tensor | None:
         """log pi_ref of every response token, (B, T) float32, 0 outside the mask; None if beta = 0."""
@@ -106,8 +126,7 @@ class Actor:
     def score(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
         """logp of every response token under `scorer`, (B, T) float32, in micro-batches; 0 outside the mask."""
         logp = torch.zeros_like(rollout.logp)  # (B, T)
-        lengths = rollout.total_length.tolist()
-        for rows in distributed.in_step(micro_batches(lengths, self.config.forward_micro_batch_size, sys.maxsize)):
+        for rows in distributed.in_step(micro_batches(*rollout.lengths, self.config.forward_micro_batch_size, sys.maxsize)):
             part = rollout.take(rows)
             logp[rows, : part.mask.shape[1]] = self._forward(scorer, part)[: len(rows)]
         return logp
@@ -118,13 +137,11 @@ class Actor:
         Every rank gets as many: one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
         """
         config = self.config
-        lengths = batch.rollout.total_length[update.rows].tolist()
-        parts = distributed.in_step(micro_batches(lengths, config.micro_batch_size, config.micro_batch_tokens))
-        self.model.train(config.gradient_checkpointing)  # only there a Hugging Face model checkpoints; dropout is 0 anyway
+        prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
+        parts = distributed.in_step(micro_batches(prompt, response, config.micro_batch_size, config.micro_batch_tokens))
         for i, part in enumerate(parts):
             with distributed.accumulating(self.scorer, last=i + 1 == len(parts)):
                 yield batch.take([update.rows[j] for j in part])
-        self.model.eval()
 
     def logp(self, rollout: Rollout) -> Tensor:
         """log pi of every response token, (B, T), with gradient; 0 outside the mask."""

@@ -1,7 +1,7 @@
 """A checkpoint is an ordinary Hugging Face folder, `checkpoints/step-000010`, and what a run needs to go on from it, bitwise.
 
     model*.safetensors, config.json, tokenizer   the float32 weights, whole whatever the ranks and the wrapping, tied ones once
-    optimizer.safetensors                        AdamW's two averages and step of each parameter, by the parameter's name
+    training/optimizer.safetensors               AdamW's two averages and step of each parameter, by the parameter's name
     state.json                                   step, validation reward, the moving average of --baseline ema
     manifest.json                                size and sha256 of all of these
 
@@ -28,6 +28,7 @@ from reinforce.errors import ConfigError, FailedError
 from reinforce.run import distributed
 
 MANIFEST = "manifest.json"
+OPTIMIZER = "training/optimizer.safetensors"  # inference engines read every *.safetensors beside config.json
 
 
 def save(
@@ -49,9 +50,11 @@ def save(
             partial.mkdir(parents=True)
             cast(Any, model).save_pretrained(partial, state_dict=weights)
             if moments:
-                save_file(moments, partial / "optimizer.safetensors")
+                (partial / OPTIMIZER).parent.mkdir()
+                save_file(moments, partial / OPTIMIZER)
             tokenizer.save_pretrained(partial)
             (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
+            share(partial)
             seal(partial)
             if folder.exists():  # a damaged one
                 _remove(folder)
@@ -94,9 +97,11 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
     Raises FailedError if the two do not name the same parameters: averages that start from 0 would be another run.
     """
-    if not (folder / "optimizer.safetensors").exists():  # no optimizer step was ever made
+    places = [folder / OPTIMIZER, folder / Path(OPTIMIZER).name]  # the second is an older version's
+    place = next((place for place in places if place.exists()), None)
+    if place is None:  # no optimizer step was ever made
         return
-    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+    with safe_open(place, "pt") as file:
         names = set(file.keys())
         own = {name for name, _ in model.named_parameters()}
         strange = sorted(name for name in names if name.rpartition(".")[0] not in own)
@@ -118,10 +123,20 @@ def state(folder: Path) -> dict[str, Any]:
 
 def seal(folder: Path) -> None:
     """Write the manifest of the files in a folder and flush all of it to the disk."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         flush(path)
+
+
+def share(folder: Path) -> None:
+    """Give the files the permissions that the umask leaves: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def flaw(folder: Path) -> str | None:
@@ -197,15 +212,15 @@ def flush(path: Path) -> None:
 def _prune(folder: Path, keep_best: int) -> None:
     """Remove all but this checkpoint and the best of the others."""
 
-    def reward(other: Path) -> float:
+    def merit(other: Path) -> tuple[float, str]:
         try:
             value = state(other).get("val_reward")
         except (OSError, ValueError):
             value = None
-        return float("-inf") if value is None else value
+        return float("-inf") if value is None else value, other.name  # of equal ones the newer
 
     others = [other for other in steps(folder.parent.parent) if other != folder]
-    for other in sorted(others, key=reward, reverse=True)[keep_best:]:
+    for other in sorted(others, key=merit, reverse=True)[keep_best:]:
         _remove(other)
 
 

@@ -1,6 +1,7 @@
 """The flags of train.py."""
 
 import argparse
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,8 @@ from reinforce.flags import flag, refuse
 from reinforce.kl import KL
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means
+    # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means;
+    # its file has AdamW's betas at 0.9/0.98. A beta on a mean of |k1| weighs about beta / length on a sum
     "nemo-aligner": {
         "baseline": "rloo", "initial_policy_kl_penalty": 0.01, "max_epochs": 1, "max_steps": 313, "val_check_interval": 4,
         "save_top_k": 1, "lr": 1e-6, "weight_decay": 0.01,
@@ -20,6 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": "abs", "kl_reduce": "mean", "loss_norm": "length",
     },
 }  # fmt: skip
+
+
+LANGUAGE_MODEL: dict[str, Any] = {"lr": 1e-6, "max_new_tokens": 256}  # the toy's are in recipes/toy.py
 
 
 def baseline_name(text: str) -> str:
@@ -49,6 +54,7 @@ class TrainConfig:
     rm_wait: float = flag(0.0, "reward server", "seconds to wait for it at the start; 0: one try")
     rm_format: str = flag("auto", "reward server", "what it is sent: messages for message prompts, else text; query: always text",
                           choices=("auto", "query"))  # fmt: skip
+    skip_refused: int = flag(0, "reward server", "responses of a run that the server may refuse and that are left out (biased)")
     rm_fingerprint: str | None = flag(None, "reward server", "sha256 that its /info must show (default: trust the first answer)")
 
     baseline: str = flag("rloo", "objective", f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "
@@ -74,7 +80,7 @@ class TrainConfig:
     val_rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together in validation")
 
     temperature: float = flag(1.0, "sampling", "of training; the policy that is trained is softmax(logits / temperature)")
-    max_new_tokens: int = flag(24, "sampling", "response length at most, tokens")
+    max_new_tokens: int = flag(None, "sampling", "response length at most, tokens (default: 256; the toy's: 24)")  # until `filled`
     min_new_tokens: int = flag(0, "sampling", "no end token before so many tokens")
     end_strings: tuple[str, ...] = flag((), "sampling", "texts that end a response, beside the end tokens", nargs="+")
     top_k: int = flag(0, "sampling", "refused: truncated sampling trains another policy than the one scored")
@@ -84,7 +90,7 @@ class TrainConfig:
     val_top_p: float = flag(1.0, "sampling", "of validation: probability mass kept")
     val_greedy: bool = flag(False, "sampling", "validation takes the likeliest token")
 
-    lr: float = flag(7e-4, "optimizer", "peak learning rate of AdamW")
+    lr: float = flag(None, "optimizer", "peak learning rate of AdamW (default: 1e-6; the toy's: 7e-4)")  # until `filled`
     min_lr: float | None = flag(None, "optimizer", "final learning rate (default: --lr, a constant rate)")
     warmup_steps: int = flag(0, "optimizer", "steps of linear warm-up")
     constant_steps: int = flag(0, "optimizer", "last steps at --min-lr, after the cosine")
@@ -111,6 +117,13 @@ class TrainConfig:
     gradient_checkpointing: bool = flag(False, "hardware", "keep no activations inside a block, compute them again: less memory")
     deterministic: bool = flag(False, "hardware", "on a GPU: only algorithms that repeat bitwise (a CPU's always do)")
 
+    def filled(self, defaults: dict[str, Any] = LANGUAGE_MODEL) -> "TrainConfig":
+        """With the defaults that depend on what is trained. Raises ConfigError where they do not go with the other flags."""
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **missing)
+        config.check()
+        return config
+
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, positive=(
@@ -120,7 +133,7 @@ class TrainConfig:
             "save_interval",
         ), not_negative=(
             "initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
-            "max_grad_norm", "val_top_k", "min_lr", "save_top_k", "missing_eos_penalty",
+            "max_grad_norm", "val_top_k", "min_lr", "skip_refused", "save_top_k", "missing_eos_penalty",
         ))  # fmt: skip
         k = self.num_rollouts_per_prompt
         if self.baseline in BASELINES and k < BASELINES[self.baseline](0.0).min_k:
@@ -129,7 +142,7 @@ class TrainConfig:
         if self.top_k or self.top_p != 1.0:
             raise ConfigError("--top-k and --top-p would sample from another policy than the one that is scored and trained; "
                               "drop them (--val-top-k and --val-top-p are allowed)")  # fmt: skip
-        if self.min_new_tokens >= self.max_new_tokens:
+        if self.max_new_tokens is not None and self.min_new_tokens >= self.max_new_tokens:
             raise ConfigError(f"--min-new-tokens {self.min_new_tokens} leaves no room below --max-new-tokens {self.max_new_tokens}")
         if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
             raise ConfigError(f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
@@ -150,6 +163,10 @@ class TrainConfig:
             raise ConfigError(f"--adam-betas are {self.adam_betas}; each must be in [0, 1)")
         if (self.rm_host is None) != (self.rm_port is None):
             raise ConfigError("--rm-host and --rm-port come together")
+        if self.rm_host is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", self.rm_host):
+            raise ConfigError(f"--rm-host {self.rm_host!r} is no host: give a name or an address, without http:// and port")
+        if self.rm_port is not None and not 0 < self.rm_port < 65536:
+            raise ConfigError(f"--rm-port is {self.rm_port}; it must be in 1 to 65535")
         if self.max_time_per_run is not None:
             seconds(self.max_time_per_run)
         if self.resume == "must" and self.log_dir is None:

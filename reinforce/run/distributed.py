@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce.errors import ConfigError, FailedError, RetryError
+from reinforce.policy import blocks
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that hangs; longer than the reward client's total deadline
@@ -141,7 +142,7 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
         for block in blocks(scorer):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(scorer, mesh=mesh, mp_policy=policy)
+        fully_shard(scorer, mesh=mesh)  # embeddings and head stay float32
         register_fsdp_forward_method(scorer, "decode")
         return scorer
     if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
@@ -154,12 +155,6 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     (0 * wrapped(token, mask, token, mask)).sum().backward()
     scorer.zero_grad()
     return wrapped
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks inside, as Hugging Face names their classes, inner ones first."""
-    names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-    return [m for m in reversed(list(module.modules())) if type(m).__name__ in names]
 
 
 @contextlib.contextmanager

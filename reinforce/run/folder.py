@@ -66,23 +66,31 @@ def _locked(lock: IO[str]) -> bool:
 
 
 def new_run_folder(log_dir: str | None, name: str) -> Path:
-    """The run folder, made on rank 0: the given one, or runs/NAME-TIME with runs/latest pointing to it."""
-    if log_dir is not None:
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for n in range(1000):
-        folder = Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            (folder / ".lock").write_text(job())
-            break
-    latest = Path("runs/latest")
-    partial = Path(f"runs/.latest-{os.getpid()}")
-    partial.symlink_to(folder.name)
-    partial.replace(latest)
-    return folder
+    """The run folder, made on rank 0: the given one, or a new runs/NAME-TIME. Raises ConfigError."""
+    stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
+    while True:
+        folder = Path(log_dir) if log_dir is not None else Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
+        try:
+            folder.mkdir(parents=True, exist_ok=log_dir is not None)
+        except FileExistsError as error:
+            if log_dir is not None:
+                raise ConfigError(f"--log-dir {folder}: a file is there; give a folder") from error
+            n += 1
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made ({error.strerror}): give a folder to write to as --log-dir") from error
+        else:
+            if log_dir is None:
+                (folder / ".lock").write_text(job())
+            return folder
+
+
+def point_latest(folder: Path) -> None:
+    """Let runs/latest point to a run folder, if it lies in ./runs."""
+    runs = Path("runs")
+    if folder.resolve().parent == runs.resolve() and folder.name != "latest":
+        partial = runs / f".latest-{os.getpid()}"
+        partial.symlink_to(folder.name)
+        partial.replace(runs / "latest")
 
 
 def new_folder(name: str, flag: str) -> None:

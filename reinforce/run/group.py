@@ -5,6 +5,7 @@ response has one. Both halves are decoded together, since a tokenizer may drop t
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ class Group:
     index: int  # of the prompt among its file's usable lines, from 0
     prompt: str
     response: list[str]
-    reward: list[float]
+    reward: list[float | None]  # None: the reward server refused it
     kl: list[float] | None  # nats, of the whole response
-    objective: list[float]
+    objective: list[float | None]
     valid: list[bool]  # counts in baselines and loss
     length: list[int]
     finished: list[bool]
@@ -46,10 +47,15 @@ def make_groups(
         own = slice(j * k, (j + 1) * k)
         groups.append(Group(
             prompt.index, prompt.text, [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
-            judged.reward[own].tolist(), None if kl is None else kl[own].tolist(), judged.objective[own].tolist(),
+            known(judged.reward[own]), None if kl is None else kl[own].tolist(), known(judged.objective[own]),
             valid[own].tolist(), [len(r) for r in ids[own]], rollout.finished[own].tolist(), logp[own],
         ))  # fmt: skip
     return groups
+
+
+def known(values: Tensor) -> list[float | None]:
+    """Numbers, with None for NaN."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def recorded(run: Path) -> dict[int, list[Group]]:

@@ -1,10 +1,15 @@
-"""What a person looks at: metrics, rollouts and validation.jsonl, TensorBoard, one line or bar a step, curves.png.
+"""The numbers of a step, means over all rows, or tokens, of all ranks. Those that do not say it themselves:
 
-All numbers are means over all rows, or tokens, of all ranks. KL is per response, in nats, as in the objective; entropy is the
-mean of -logp per token, an estimate from the sampled tokens; zero_signal is the share of groups whose valid rows all have the
-same objective, or are fewer than two, which teach group baselines nothing (null at K = 1); logprob_gap is the mean over responses
-of sum_t (sampler's - scorer's logp); ratio_clipped the share of tokens whose gradient the clipped ratio cut; tokens counts what
-was sampled, ReMax's greedy responses included.
+kl              per response, nats, as in the objective
+entropy         mean of -logp per token, an estimate from the sampled tokens
+zero_signal     share of groups whose valid rows all have the same objective, or are fewer than two: they teach group
+                baselines nothing (null at K = 1)
+logprob_gap     mean over responses of sum_t (sampler's - scorer's logp): signed, so errors may cancel
+ratio_distance  mean over tokens of rho - 1 - log rho, rho = scorer's pi / sampler's: cannot cancel
+ratio_outside   share of tokens with rho outside [0.9, 1.1]
+ratio_clipped   share of tokens whose gradient the clipped ratio cut
+refused         responses that the reward server has refused so far and that were left out; they have no reward
+tokens          what was sampled, ReMax's greedy responses included
 """
 
 import math
@@ -14,19 +19,19 @@ from typing import Any
 
 from reinforce.run.group import Group
 
-SHOWN = ("reward", "kl", "response_length", "tokens_per_s")
-
 
 def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, Any]:
     """Metrics of one step's groups, of all ranks; advantage (P*K,)."""
     rows = [row for g in groups for row in zip(g.reward, g.objective, g.length, g.finished, g.logp, strict=True)]
-    reward, objective, length, finished, logp = (list(column) for column in zip(*rows, strict=True))
+    rewards, objectives, length, finished, logp = (list(column) for column in zip(*rows, strict=True))
+    reward = [value for value in rewards if value is not None]
+    objective = [value for value in objectives if value is not None]
     kl = [value for g in groups for value in g.kl or []]
     return {
-        "reward": statistics.fmean(reward),
+        "reward": statistics.fmean(reward) if reward else None,
         "reward_std": statistics.stdev(reward) if len(reward) > 1 else 0.0,
         "kl": statistics.fmean(kl) if kl else None,
-        "objective": statistics.fmean(objective),
+        "objective": statistics.fmean(objective) if objective else None,
         "advantage_std": statistics.stdev(advantage) if len(advantage) > 1 else 0.0,
         "entropy": -math.fsum(logp) / sum(length),
         "response_length": statistics.fmean(length),
@@ -36,9 +41,7 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
     }
 
 
-def summarise_updates(
-    groups: Sequence[Group], updates: Sequence[tuple[float, float, float]], lr: float, logprob_gap: float | None
-) -> dict[str, Any]:
+def summarise_updates(groups: Sequence[Group], updates: Sequence[tuple[float, float, float]], lr: float) -> dict[str, Any]:
     """Means over a step's optimizer steps, of (loss, clipped tokens, length of the gradient) each; None where there was none."""
     losses, clipped, norms = ([update[i] for update in updates] for i in range(3))
     tokens = sum(n for g in groups for n, valid in zip(g.length, g.valid, strict=True) if valid)
@@ -47,9 +50,16 @@ def summarise_updates(
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "lr": lr,
         "optimizer_steps": len(norms),
-        "logprob_gap": logprob_gap,
         "ratio_clipped": math.fsum(clipped) / max(1, tokens),
     }
+
+
+def summarise_ratios(sums: Sequence[Sequence[float]], rows: int, tokens: int) -> dict[str, float | None]:
+    """Of sums over each prompt's responses (gap, rho - 1 - log rho, tokens with rho outside [0.9, 1.1]) the means."""
+    if not sums:
+        return dict.fromkeys(("logprob_gap", "ratio_distance", "ratio_outside"))
+    gap, distance, outside = (math.fsum(column) for column in zip(*sums, strict=True))
+    return {"logprob_gap": gap / rows, "ratio_distance": distance / tokens, "ratio_outside": outside / tokens}
 
 
 def speed(groups: Sequence[Group], greedy_tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def speed(groups: Sequence[Group], greedy_tokens: int, seconds: dict[str, float]
 
 
 def _counted(group: Group) -> list[float]:
-    return [r for r, v in zip(group.objective, group.valid, strict=True) if v]
+    return [r for r, v in zip(group.objective, group.valid, strict=True) if v and r is not None]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -71,7 +81,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def mean_reward(groups: Sequence[Group]) -> tuple[float, float]:
     """Mean of all rewards, and its standard error."""
-    return mean_and_error([r for g in groups for r in g.reward])
+    return mean_and_error(rewards_of(groups))
+
+
+def rewards_of(groups: Sequence[Group]) -> list[float]:
+    """All rewards of responses that were not refused."""
+    return [r for g in groups for r in g.reward if r is not None]
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:

@@ -69,6 +69,11 @@ class Recorder:
                 one = {name: v[k] if isinstance(v, list) else v for name, v in asdict(groups[i]).items()}
                 file.write(json.dumps({"step": step, "k": k, **one}) + "\n")
 
+    def write_refused(self, step: int, row: dict[str, Any]) -> None:
+        """refused.jsonl: a response of this step that the reward server refused."""
+        with (self.folder / "refused.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+
     def sync(self) -> None:
         """See that the disk has every line so far, since the checkpoint that follows counts on them."""
         for file in (self._metrics, self._rollouts, self._validation):
@@ -104,6 +109,9 @@ class Silent(Recorder):
         """Nothing."""
 
     def accuse(self, step: int, groups: Sequence[Group], update: Sequence[int], bad: Sequence[Sequence[bool]]) -> None:
+        """Nothing."""
+
+    def write_refused(self, step: int, row: dict[str, Any]) -> None:
         """Nothing."""
 
     def sync(self) -> None:

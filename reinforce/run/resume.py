@@ -9,6 +9,7 @@ identity.json at the start; a command that differs in any of it is refused with 
 """
 
 import dataclasses
+import datetime
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from reinforce.run.config import TrainConfig
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl")
 SOFT = frozenset((  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
     "preset", "policy", "train_data", "val_data", "skip_bad_lines", "rm_host", "rm_port", "rm_wait", "rm_fingerprint",
+    "skip_refused",
     "max_epochs", "max_steps", "val_check_interval", "save_interval", "save_top_k", "log_dir", "resume", "max_time_per_run",
     "micro_batch_size", "micro_batch_tokens", "rollout_micro_batch_size", "forward_micro_batch_size",
     "val_rollout_micro_batch_size", "gradient_checkpointing", "parallel", "device", "deterministic",
@@ -37,6 +39,8 @@ class Start:
     folder: Path | None = None  # the checkpoint of that step
     baseline: Any = None  # the state of a baseline that has one
     bf16: bool | None = None  # the precision so far; None: no step yet
+    date: str | None = None  # the day that chat templates print; None: a run that began without one
+    refused: int = 0  # responses that the reward server refused and that were left out
 
 
 def plan(run: Path | None, how: str) -> Start:
@@ -48,18 +52,29 @@ def plan(run: Path | None, how: str) -> Start:
     if run is None or not began:
         if how == "must":
             raise ConfigError(f"--resume must: no run to go on with in --log-dir {run or '(none given)'}")
-        return Start()
+        return Start(date=datetime.date.today().isoformat())
     if how == "never":
         raise ConfigError(f"--log-dir {run} holds another run, and --resume is never; give an empty or new folder")
     if not (run / "identity.json").exists():
         raise ConfigError(f"--log-dir {run} holds another run, without identity.json; give an empty or new folder")
+    date = date_of(run)
     folder = checkpoint.newest(run)
     if folder is None:
         if how == "must":
             raise ConfigError(f"--resume must: the run in --log-dir {run} has no checkpoint yet")
-        return Start()
+        return Start(date=date)
     state = checkpoint.state(folder)
-    return Start(state["step"], folder, state.get("baseline", state.get("ema")), state.get("bf16"))
+    baseline = state.get("baseline", state.get("ema"))
+    return Start(state["step"], folder, baseline, state.get("bf16"), date, state.get("refused", 0))
+
+
+def date_of(run: Path) -> str | None:
+    """The day that chat templates print in this run; None if it began without one, or its identity cannot be read."""
+    try:
+        date = json.loads((run / "identity.json").read_text()).get("date")
+        return datetime.date.fromisoformat(date).isoformat()
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
@@ -68,21 +83,40 @@ def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps({**flags, **facts})))
 
 
-def admit(run: Path, own: dict[str, Any]) -> None:
-    """Write identity.json, or raise ConfigError with the differences if another one is there.
+def canonical(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity with the defaults that other flags give: a default that is spelled out is no other run."""
+    same = dict(identity)
+    rows = same["num_rollout_samples"] * same["num_rollouts_per_prompt"]
+    same["global_batch_size"] = same["global_batch_size"] or rows
+    same["min_lr"] = same["lr"] if same["min_lr"] is None else same["min_lr"]
+    return same
 
-    A flag that is younger than the run that is there counts as its default.
+
+def check_identity(run: Path, own: dict[str, Any]) -> None:
+    """Raise ConfigError with the differences if the folder holds another run.
+
+    A flag that is younger than the run in the folder counts as its default.
     """
     place = run / "identity.json"
+    if not place.exists():
+        return
+    try:
+        known = {**identity(TrainConfig()), **json.loads(place.read_text())}
+        found = canonical(known)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder") from error
+    now = canonical(own)
+    changed = [name for name in sorted({*found, *now}) if found.get(name) != now.get(name)]
+    given = [name for name in changed if own.get(name) != known.get(name)]  # without defaults that follow from others
+    differences = [f"{name} was {known.get(name)}, is {own.get(name)}" for name in given or changed]
+    if differences:
+        raise ConfigError(f"--log-dir {run} holds another run: {'; '.join(differences)}. Give its own flags, or a new folder")
+
+
+def write_identity(run: Path, own: dict[str, Any]) -> None:
+    """identity.json, whole or not at all; one that is there stays."""
+    place = run / "identity.json"
     if place.exists():
-        try:
-            there = {**identity(TrainConfig()), **json.loads(place.read_text())}
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder") from error
-        differences = [f"{name} was {there.get(name)}, is {own.get(name)}" for name in sorted({*there, *own})
-                       if there.get(name) != own.get(name)]  # fmt: skip
-        if differences:
-            raise ConfigError(f"--log-dir {run} holds another run: {'; '.join(differences)}. Give its own flags, or a new folder")
         return
     partial = run / f".identity.{os.getpid()}"
     partial.write_text(json.dumps(own, indent=2))

@@ -1,8 +1,9 @@
 """A run, as the loop sees it: which steps are to come, what became of each, and what may never be lost.
 
-What has been updated is logged and saved whatever happens next: a server that is gone, a signal, the end of the time. Leaving
-the block of `with Run(...)` on a RetryError saves the finished steps. Inside the loop such errors come out of
-`distributed.together`, on every rank, and never between an update and `finished`, so that saving may need all ranks.
+What has been updated is logged and saved whatever happens next: a server that is gone or gives a wrong answer, a signal, the end
+of the time. Leaving the block of `with Run(...)` on a RetryError or a RewardError saves the finished steps. Inside the loop such
+errors come out of `distributed.together`, on every rank, and never between an update and `finished`, so that saving may need
+all ranks.
 """
 
 import math
@@ -19,11 +20,13 @@ from reinforce import optim
 from reinforce.baselines import Baseline
 from reinforce.data.prompts import Data
 from reinforce.errors import FailedError, RetryError
+from reinforce.refused import RefusedRowError
+from reinforce.rm_connection import RewardError
 from reinforce.run import checkpoint, distributed
 from reinforce.run.actor import Actor
 from reinforce.run.config import seconds
 from reinforce.run.group import Group, make_groups, recorded
-from reinforce.run.metrics import mean_reward, speed, summarise, summarise_updates
+from reinforce.run.metrics import mean_reward, speed, summarise, summarise_ratios, summarise_updates
 from reinforce.run.recorder import Recorder, Silent, tell
 from reinforce.run.resume import Start
 from reinforce.run.stop import Stop
@@ -43,6 +46,7 @@ class Run:
         self._stopped: str | None = None
         limit = self._config.max_time_per_run
         stop.limit = None if limit is None else seconds(limit)
+        actor.refusals.total = start.refused
         actor.client.stopped = lambda: stop.reason is not None  # then it tries no request again
         self._updates: list[tuple[Summed, float]] = []  # of the step that is going on, with the gradient's length
         self._val_reward: float | None = None  # after the last finished step
@@ -56,9 +60,15 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Save what is finished if the block ends in a RetryError; raise one if the run was stopped before its last step."""
-        if isinstance(error, RetryError):
+        """Save what is finished if the reward server ended the block; raise a RetryError if the run was stopped early."""
+        if isinstance(error, (RetryError, RewardError)):  # on all ranks, out of `together`
             self._save()
+        if isinstance(error, RefusedRowError):
+            self._recorder.write_refused(self._done + 1, error.row)
+            raise FailedError(
+                f"step {self._done + 1}: {error}; the whole row is in {self._folder}/refused.jsonl, "
+                "and --skip-refused N leaves so many out"
+            ) from error
         if error is None:
             self._end()
 
@@ -107,8 +117,10 @@ class Run:
         bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
         responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
         self._recorder.accuse(made.number + 1, self._groups(made), update.prompts, responses.tolist())
+        done = len(self._updates)
+        so_far = "no update was made" if not done else f"after {done} of its updates; the last checkpoint is of an earlier step"
         raise FailedError(
-            f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: no update was made; "
+            f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: {so_far}; "
             f"the responses: {self._folder}/nonfinite.jsonl"
         )
 
@@ -126,7 +138,9 @@ class Run:
         metrics = {
             "step": made.number + 1,
             **summarise(groups, made.advantage.flatten().tolist()),
-            **summarise_updates(groups, updates, self.learning_rate(made.number), self._logprob_gap(made)),
+            **summarise_updates(groups, updates, self.learning_rate(made.number)),
+            **self._ratios(made),
+            "refused": self._actor.refusals.total,
             **speed(groups, sum(distributed.gather([greedy_tokens])), seconds),
             "prompts_seen": self._data.prompts_seen(made.number),
             "epoch": self._data.epoch(made.number),
@@ -140,15 +154,21 @@ class Run:
         rollout = made.batch.rollout
         return distributed.gather(make_groups(self._actor.tokenizer, made.prompts, rollout, made.judged, made.valid))
 
-    def _logprob_gap(self, made: Step) -> float | None:
-        """Mean over responses of sum_t (sampler's - scorer's logp); None if nothing was scored."""
+    def _ratios(self, made: Step) -> dict[str, float | None]:
+        """How far the scorer's log pi is from the sampler's; None if nothing was scored."""
         scored = made.batch.logp_old
         if scored is None and self._updates:
             scored = self._updates[0][0].logp  # the only optimizer step's
         if scored is None:
-            return None
-        gap = (made.batch.rollout.logp - scored).sum(1).view(len(made.prompts), -1).sum(1)  # (p,)
-        return math.fsum(distributed.gather(gap.tolist())) / made.advantage.numel()
+            return summarise_ratios([], 1, 1)
+        rollout, p = made.batch.rollout, len(made.prompts)
+        log_ratio = (scored - rollout.logp).masked_fill(~rollout.mask, 0.0)  # (B, T), log rho
+        gap = -log_ratio.sum(1)  # (B,)
+        distance = (log_ratio.expm1() - log_ratio).sum(1)  # (B,)
+        outside = ((log_ratio.exp() - 1).abs() > 0.1).sum(1)  # (B,)
+        sums = torch.stack([value.double().view(p, -1).sum(1) for value in (gap, distance, outside)], 1)  # (p, 3)
+        tokens = sum(distributed.gather([int(rollout.length.sum())]))
+        return summarise_ratios(distributed.gather(sums.tolist()), made.advantage.numel(), tokens)
 
     def validate_if_due(self) -> None:
         """One response to each validation prompt, before the first step, at every --val-check-interval and at the end.
@@ -185,7 +205,12 @@ class Run:
             return
         self._write()
         self._recorder.sync()
-        state = {"val_reward": self._val_reward, "baseline": self._baseline.state, "bf16": self._actor.bf16}
+        state = {
+            "val_reward": self._val_reward,
+            "baseline": self._baseline.state,
+            "bf16": self._actor.bf16,
+            "refused": self._actor.refusals.total,
+        }
         model, tokenizer = self._actor.model, self._actor.tokenizer
         checkpoint.save(self._folder, self._done, model, self._optimizer, tokenizer, state, self._config.save_top_k)
         self._saved = self._done

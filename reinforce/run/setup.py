@@ -8,24 +8,26 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from reinforce import device as devices
-from reinforce import own_baseline
+from reinforce import guard, own_baseline
 from reinforce.data.prompts import Data, check_record, tokenize
 from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
-from reinforce.logprobs import Scorer, head_is_plain
-from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
+from reinforce.logprobs import Scorer
+from reinforce.policy import checkpoint_blocks, context_length, end_tokens, load_policy, load_tokenizer, read_config
+from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
 from reinforce.run import checkpoint, distributed, resume
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
-from reinforce.run.folder import new_run_folder
+from reinforce.run.folder import new_run_folder, point_latest
 from reinforce.sampler import Sampling
 from reinforce.text import Prompt
 
@@ -46,7 +48,7 @@ class Inputs:
 
 
 def load_prompts(
-    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str, data_flag: str
+    config: TrainConfig, tokenizer: Any, records: dict[str, list[dict[str, Any]]], policy: str, data_flag: str, date: str | None
 ) -> dict[str, list[Prompt]]:
     """Tokenized prompts of each file; says how many were too long. Raises ConfigError where context or ranks do not fit."""
     room = context_length(policy)
@@ -55,7 +57,7 @@ def load_prompts(
     longest = config.max_prompt_length if room is None else min(config.max_prompt_length, room - config.max_new_tokens)
     prompts = {}
     for name, lines in records.items():
-        prompts[name], dropped = tokenize(lines, tokenizer, longest, name)
+        prompts[name], dropped = tokenize(lines, tokenizer, longest, name, date)
         if dropped and distributed.rank() == 0:
             print(f"{name}: left out {dropped} prompts longer than {longest} tokens (--max-prompt-length)")
     world, count = distributed.world_size(), len(prompts[data_flag])
@@ -108,11 +110,29 @@ def check(config: TrainConfig, begun: Begun, policy_flag: str = "--policy", data
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
     client.connect(config.rm_wait)
 
+    read_config(policy, policy_flag)
     tokenizer = load_tokenizer(policy, policy_flag)
     ends = end_tokens(policy, tokenizer, policy_flag)
-    prompts = load_prompts(config, tokenizer, records, policy, data_flag)
+    prompts = load_prompts(config, tokenizer, records, policy, data_flag, begun.start.date)
     data = Data(prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed)
     return Inputs(config, begun.device, begun.start, policy, policy_flag, tokenizer, ends, data, client)
+
+
+def inspect(inputs: Inputs, model: nn.Module, source: str) -> guard.Verdict:
+    """The guard's word on the policy, printed. Raises ConfigError if it must not be trained."""
+    name = f"{inputs.policy_flag} {source}"
+    prompts = [p.ids for p in inputs.data.prompts[:4]]
+    verdict = guard.inspect(
+        model, prompts, inputs.end_ids, inputs.tokenizer.pad_token_id, inputs.config.gradient_checkpointing, name
+    )
+    print(f"checked in {verdict.seconds:.1f} s: log pi of a token differs by {verdict.sampling:.0e} between sampler and scorer, "
+          f"by {verdict.padding:.0e} with its neighbours")  # fmt: skip
+    if not verdict.plain:
+        print(f"{name}: this model does more than apply its head to hidden states; scoring with whole logits")
+    if verdict.unused:
+        shown = ", ".join(verdict.unused[:3])
+        print(f"{name}: {len(verdict.unused)} parameters have no part in the logits and stay as they are ({shown})")
+    return verdict
 
 
 def load(inputs: Inputs) -> Actor:
@@ -123,17 +143,17 @@ def load(inputs: Inputs) -> Actor:
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
     model = load_policy(source, tokenizer, place, flag=inputs.policy_flag)
     size = sum(w.numel() for w in model.parameters())
-    bf16 = devices.use_bf16(config.precision, device, size)
+    bf16 = all(distributed.gather([devices.use_bf16(config.precision, device, size)]))
+    if inputs.start.bf16 is not None and config.precision == "auto":
+        bf16 = inputs.start.bf16  # the run goes on as it began, whatever this machine's processor is faster in
     if inputs.start.bf16 not in (None, bf16):
         raise ConfigError(f"--precision: this run began in {'bf16' if inputs.start.bf16 else 'fp32'}; give it that one again")
-    plain = head_is_plain(model)
-    if not plain and distributed.rank() == 0:
-        print(f"--policy {source}: this model does more than apply its head to hidden states; scoring with whole logits")
+    verdict = distributed.together(lambda: inspect(inputs, model, source), only_first=True)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(weight.requires_grad and name not in verdict.unused)
     if config.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(f"--gradient-checkpointing: {type(model).__name__} has none; leave it out")
-        hf = cast(Any, model)  # transformers 5.23 has another name for it than 5.17
-        getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_blocks(model)
+    plain = verdict.plain
     scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
     wrapped = distributed.wrap(scorer, device, config.parallel, bf16)  # before the reference: a rank then holds one whole model
     reference = None
@@ -146,23 +166,33 @@ def load(inputs: Inputs) -> Actor:
                         config.end_strings, tokenizer.decode)  # fmt: skip
     validation = dataclasses.replace(training, temperature=config.val_temperature, greedy=config.val_greedy,
                                      top_k=config.val_top_k, top_p=config.val_top_p)  # fmt: skip
-    actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16)
+    actor = Actor(config, tokenizer, model, scorer, wrapped, reference, inputs.client, training, validation, device, bf16,
+                  Refusals(config.skip_refused))  # fmt: skip
     if distributed.rank() == 0:
         name = os.path.relpath(source) if Path(source).is_dir() else source
         ranks = f"{distributed.world_size()} ranks{' (fsdp)' if sharded else ''}"
         print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {torch.get_num_threads()} threads · {ranks}")
         print(f"{name}, {size / 1e6:.1f}M parameters · {len(inputs.data.prompts)} prompts · baseline {config.baseline}")
+        print(f"lr {config.lr:g} · responses of at most {config.max_new_tokens} tokens")
     return actor
 
 
-def set_up(config: TrainConfig, policy_flag: str = "--policy", data_flag: str = "--train-data") -> tuple[Actor, Data]:
-    """All of the above for a script that keeps no run folder."""
-    inputs = check(config, begin(config), policy_flag, data_flag)
+def set_up(
+    config: TrainConfig, policy_flag: str = "--policy", data_flag: str = "--train-data", date: str | None = None
+) -> tuple[Actor, Data]:
+    """All of the above for a script that keeps no run folder; `date` is what chat templates print, by default today."""
+    config = config.filled()
+    begun = begin(config)
+    if date is not None:
+        begun = dataclasses.replace(begun, start=dataclasses.replace(begun.start, date=date))
+    inputs = check(config, begun, policy_flag, data_flag)
     return load(inputs), inputs.data
 
 
-def open_run_folder(inputs: Inputs, name: str) -> Path:
-    """The run folder, the same on every rank, with config.json in it. Raises ConfigError if it holds another run.
+def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
+    """The run folder, the same on every rank, with config.json in it, and the run's identity, which is written by `begin_run`.
+
+    Raises ConfigError if it holds another run.
 
     `name` is part of its name if there is no --log-dir.
 
@@ -170,22 +200,35 @@ def open_run_folder(inputs: Inputs, name: str) -> Path:
     """
     config, data = inputs.config, inputs.data
 
-    def opened() -> Path:
+    def opened() -> tuple[Path, dict[str, Any]]:
         decays = config.min_lr not in (None, config.lr)  # then the rate depends on where the run is to end
         own = resume.identity(
             config, baseline=own_baseline.identity(config.baseline), policy=resume.weights(inputs.policy),
-            reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
+            date=inputs.start.date, reward_model=inputs.client.fingerprint, end_ids=inputs.end_ids,
             prompts=resume.digest([[p.ids, p.text, p.label] for p in data.prompts]),
             held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
             total_steps=data.total_steps(config.max_steps, config.max_epochs) if decays else None,
         )  # fmt: skip
         folder = new_run_folder(config.log_dir, name)
-        resume.admit(folder, own)
+        resume.check_identity(folder, own)
         checkpoint.sweep(folder)
         checkpoint.set_aside(folder, inputs.start.step)
         resume.cut_back(folder, inputs.start.step)
         facts = {**dataclasses.asdict(config), "torch": torch.__version__, "transformers": transformers.__version__}
-        (folder / "config.json").write_text(json.dumps(facts, indent=2))
-        return folder
+        try:
+            (folder / "config.json").write_text(json.dumps(facts, indent=2))
+        except OSError as error:
+            raise ConfigError(f"--log-dir {folder}: cannot be written to ({error.strerror})") from error
+        return folder, own
 
     return distributed.together(opened, only_first=True)
+
+
+def begin_run(folder: Path, identity: dict[str, Any]) -> None:
+    """From here on the folder holds this run: its models have passed every check."""
+
+    def begun() -> None:
+        resume.write_identity(folder, identity)
+        point_latest(folder)
+
+    distributed.together(begun, only_first=True)

@@ -1,9 +1,11 @@
 """The flags of serve_rm.py."""
 
+import datetime
 from dataclasses import dataclass
 
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, refuse
+from reinforce.serving.reward_model import DAY
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class ServeConfig:
     max_length: int | None = flag(
         None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)"
     )
+    date: str = flag(DAY, "reward", "the day, YYYY-MM-DD, for chat templates that print one; part of the fingerprint")
     inference_micro_batch_size: int = flag(
         32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
     )
@@ -37,5 +40,9 @@ class ServeConfig:
         if self.reward_model is not None and self.reward_fn is not None:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
         refuse(self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"))
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError as error:
+            raise ConfigError(f"--date is {self.date!r}; it must be a day, YYYY-MM-DD") from error
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")

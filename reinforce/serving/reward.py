@@ -48,7 +48,7 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
             if text.messages is None:
                 ids = query_ids(tokenizer, cast(str, text.query))
             else:
-                ids = messages_ids(tokenizer, text.messages, text.finished)
+                ids = messages_ids(tokenizer, text.messages, text.finished, config.date)
         if not ids:
             raise ValueError("an empty text")
         return ids[-longest:]  # the response is at the end
@@ -62,7 +62,9 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     mean = config.reward_mean if config.reward_mean is not None else getattr(hf, "reward_mean", 0.0)
     std = config.reward_std if config.reward_std is not None else getattr(hf, "reward_std", 1.0)
     label = Path(name).resolve().name if Path(name).is_dir() else name
-    return Reward(encode, run, len, [1] * min(8, longest), label, fingerprint(folder), mean, std, longest)
+    dated = "strftime_now" in str(tokenizer.chat_template)
+    digest = fingerprint(folder) + ("/bf16" if bf16 else "") + (f"/{config.date}" if dated else "")
+    return Reward(encode, run, len, [1] * min(8, longest), label, digest, mean, std, longest)
 
 
 def function_reward(config: ServeConfig, spec: str) -> Reward:

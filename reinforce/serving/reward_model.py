@@ -6,8 +6,9 @@ See "Rank Analysis of Incomplete Block Designs", Bradley and Terry (1952) and "T
 instructions with human feedback", Ouyang et al. (2022, arXiv 2203.02155).
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from reinforce.errors import ConfigError
-from reinforce.policy import announce, first_line, load_tokenizer, without_dropout
+from reinforce.policy import OUT_OF_MEMORY, announce, first_line, load_tokenizer, without_dropout
 from reinforce.text import encode, render
 
 FLAG = "--reward-model"
+DAY = "2024-07-26"  # what a chat template that prints the day prints, so that no reward changes at midnight
 
 
 def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
@@ -33,14 +35,16 @@ def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torc
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # what a damaged file or a wrong shape makes transformers raise
         raise ConfigError(f"{FLAG} {name}: not a sequence classifier in safetensors ({first_line(error)})") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); train one first")
     if model.config.num_labels != 1:
         raise ConfigError(f"{FLAG} {name}: {model.config.num_labels} labels; a reward model has exactly one")
-    return without_dropout(model).to(device).requires_grad_(False), tokenizer
+    return with_float32_head(without_dropout(model)).to(device).requires_grad_(False), tokenizer
 
 
 def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str) -> nn.Module:
@@ -55,7 +59,24 @@ def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str)
     if hasattr(model, "score"):
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return without_dropout(model).to(device)
+    return with_float32_head(without_dropout(model)).to(device)
+
+
+def with_float32_head(model: nn.Module) -> nn.Module:
+    """The model itself; all that follows its backbone computes in float32, whatever autocast says.
+
+    In bfloat16 two of three scores of different texts may be the same number.
+    """
+    backbone = cast(Any, model).base_model
+    for head in model.children():
+        if head is not backbone:
+            cast(Any, head).forward = functools.partial(_in_float32, head.forward)
+    return model
+
+
+def _in_float32(forward: Callable[..., Tensor], states: Tensor, *rest: Any, **named: Any) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return forward(states.float(), *rest, **named)
 
 
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
@@ -91,9 +112,16 @@ def query_ids(tokenizer: Any, text: str) -> list[int]:
     return encode(tokenizer, text)
 
 
-def messages_ids(tokenizer: Any, messages: list[dict[str, str]], finished: bool) -> list[int]:
-    """Token ids of a conversation whose last message is the response, in this model's own chat template."""
-    text = render(tokenizer, messages, "a conversation", continue_final_message=not finished)
+def messages_ids(tokenizer: Any, messages: list[dict[str, str]], finished: bool, date: str = DAY) -> list[int]:
+    """Token ids of a conversation whose last message is the response, in the model's own chat template; `date` as of `render`."""
+    try:
+        text = render(tokenizer, messages, "a conversation", date, continue_final_message=not finished)
+    except ConfigError:
+        if finished:
+            raise
+        text = render(
+            tokenizer, messages, "a conversation", date
+        )  # the template cuts or changes the last message: as if it had ended
     return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,0 +1,146 @@
+"""Is this model's log pi the same wherever it is asked? Asked once, at the start, of a few tokens, before anything trains.
+
+    sampler against scorer       token by token with a cache, and in one pass: what is sampled is what is trained
+    a padded row against itself  alone: log pi must not depend on the neighbours
+    with checkpointing           if it is asked for, against without
+
+A model that fails any of these would train another policy than the one that is sampled, and nothing would show it but the
+result. Encoders, recurrent models without a usable cache and broken checkpoints fail here, in one sentence. A gap is looked at
+twice, on other prompts, since a router may flip at a tie. What it does not see: lengths far beyond a few tokens.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from reinforce.errors import ConfigError
+from reinforce.logprobs import Scorer
+from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks, first_line
+from reinforce.rollout import Rollout
+from reinforce.sampler import Sampling, row_seed, sample
+
+GAP = 0.01  # nats a token; rounding in float32 gives 1e-5
+TOKENS = 5  # of each response
+LONGEST = 12  # tokens of a prompt
+K = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of a model that may be trained."""
+
+    plain: bool  # logits are the output head applied to the last hidden states
+    sampling: float  # largest |sampler's - scorer's logp| of a token
+    padding: float  # largest |logp in a batch - logp alone| of a token
+    unused: tuple[str, ...]  # parameters that no gradient reaches, those of routed experts left out
+    seconds: float
+
+
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the logits of this causal language model are its output head applied to the base model's last hidden state."""
+    hf = cast(Any, model)
+    if hf.base_model is model or type(hf.get_output_embeddings()) is not nn.Linear:
+        return False
+    ids = torch.arange(4, device=next(model.parameters()).device)[None]  # (1, 4)
+    with torch.no_grad():
+        logits = hf(input_ids=ids, use_cache=False).logits
+        hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = hf.get_output_embeddings()
+        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(head(hidden), logits, atol=1e-5)
+
+
+def inspect(
+    model: nn.Module, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], pad_id: int, checkpointing: bool, name: str
+) -> Verdict:
+    """The verdict on a model in float32, outside autocast; `prompts` are token ids, `name` is how errors call it.
+
+    Raises ConfigError if it must not be trained.
+    """
+    start = time.monotonic()
+    kind = type(model).__name__
+    if checkpointing and not blocks(model):
+        raise ConfigError(f"--gradient-checkpointing: {kind} names no blocks to checkpoint; leave it out")
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if max(end_ids) >= rows:
+            raise ConfigError(f"{name}: end token {max(end_ids)} is outside the {rows} rows of the model's embeddings")
+        plain = head_is_plain(model)
+        scorer = Scorer(model, plain).to(next(model.parameters()).device)
+        found = _gaps(scorer, _two(prompts, 0), pad_id)
+        if max(found.values()) > GAP:
+            again = _gaps(scorer, _two(prompts, 1), pad_id)
+            for what, gap in again.items():
+                if min(gap, found[what]) > GAP:
+                    raise ConfigError(
+                        f"{name}: {kind} cannot be trained here: {what} changes log pi of a token by up to {gap:.2g} nats"
+                    )
+        unused = _gradients(scorer, _two(prompts, 0), pad_id, checkpointing, f"{name}: {kind}")
+    except (ConfigError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:  # whatever a model raises that is no causal language model with a cache
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{name}: {kind} cannot be sampled and scored as a causal language model ({reason:.300})") from error
+    gaps = tuple(found.values())
+    return Verdict(plain, gaps[0], gaps[1], unused, time.monotonic() - start)
+
+
+def _two(prompts: Sequence[Sequence[int]], turn: int) -> list[Sequence[int]]:
+    """Two short prompts of different length, others at each turn."""
+    short, long = sorted((prompts[(2 * turn + i) % len(prompts)] for i in range(2)), key=len)
+    long = long[:LONGEST]
+    return [long, short[: max(1, len(long) // 2)]]
+
+
+def _sampled(scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int) -> Rollout:
+    device = next(scorer.parameters()).device
+    seeds = [row_seed(0, 0, i, k) for i in range(len(prompts)) for k in range(K)]
+    return sample(scorer.decode, prompts, seeds, Sampling(TOKENS, (), pad_id), device)
+
+
+def _score(scorer: nn.Module, rollout: Rollout) -> Tensor:
+    logp: Tensor = scorer(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)  # (B, T)
+    return logp
+
+
+@torch.no_grad()
+def _gaps(scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, float]:
+    rollout = _sampled(scorer, prompts, pad_id)
+    together = _score(scorer, rollout)  # (B, T)
+    alone = torch.cat([_score(scorer, rollout.take([b])) for b in range(len(together))])  # (B, T)
+    gaps = {"sampling token by token": rollout.logp - alone, "a neighbour in the batch": together - alone}
+    return {what: float(gap.abs().nan_to_num(torch.inf).max()) for what, gap in gaps.items()}
+
+
+def _gradients(scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int, checkpointing: bool, name: str) -> tuple[str, ...]:
+    """One backward pass, as training makes it; names of the parameters that it does not reach."""
+    rollout = _sampled(scorer, prompts, pad_id)
+    with torch.no_grad():
+        plainly = _score(scorer, rollout)  # (B, T)
+    reached: set[str] = set()
+    trained = {parameter: w for parameter, w in scorer.model.named_parameters() if w.requires_grad}
+    handles = [w.register_hook(lambda _, parameter=parameter: reached.add(parameter)) for parameter, w in trained.items()]
+    handles += [w.register_post_accumulate_grad_hook(_drop) for w in trained.values()]
+    forwards = {block: block.forward for block in blocks(scorer.model)}
+    try:
+        if checkpointing:
+            checkpoint_blocks(scorer.model)
+        logp = _score(scorer, rollout)
+        gap = float((logp - plainly).detach().abs().max())
+        if gap > GAP:
+            cause = "with --gradient-checkpointing" if checkpointing else "at all: two passes differ, and"
+            raise ConfigError(f"{name} cannot be trained {cause} log pi of a token changes by up to {gap:.2g} nats")
+        logp.sum().backward()
+    finally:
+        for block, forward in forwards.items():
+            block.forward = forward
+        for handle in handles:
+            handle.remove()
+    return tuple(parameter for parameter in trained if parameter not in reached and "expert" not in parameter)
+
+
+def _drop(weight: Tensor) -> None:
+    weight.grad = None  # a whole gradient is as large as the model
