@@ -28,7 +28,8 @@ VARIANTS = {  # flags, and what is done to the update
     "fsdp, micro-batch 1": {"parallel": "fsdp", "micro_batch_size": 1, "rollout_micro_batch_size": 2},
     "fsdp, gradient checkpointing": {"parallel": "fsdp", "gradient_checkpointing": True, "micro_batch_size": 3},
     "ddp, gradient checkpointing": {"gradient_checkpointing": True, "micro_batch_size": 3},
-    "ddp, bf16": {"precision": "bf16"}, "fsdp, bf16": {"precision": "bf16", "parallel": "fsdp"},
+    "ddp, bf16": {"precision": "bf16", "initial_policy_kl_penalty": 0.1},
+    "fsdp, bf16": {"precision": "bf16", "parallel": "fsdp", "initial_policy_kl_penalty": 0.1},
     "more padding": {}, "mistake: twice": {}, "mistake: a divisor per rank": {},
 }  # fmt: skip
 
@@ -75,6 +76,8 @@ def measure(name, flags, policy, tokenizer):
     mine = distributed.deal(prompts(tokenizer))
     out = actor.sample(mine, 0)
     ids = response_ids(out)
+    ref_logp = actor.reference_logp(out)
+    apart = 0.0 if ref_logp is None else (actor.score(actor.scorer, out) - ref_logp).abs().max().item()
     tokens = distributed.gather([ids[i * K : (i + 1) * K] for i in range(len(mine))])
 
     whole, advantage, valid = stored(tokenizer)
@@ -101,7 +104,7 @@ def measure(name, flags, policy, tokenizer):
                 p -= 0.05 * p.grad
                 p.grad = None
     end = torch.cat([distributed.whole(p.detach()).flatten() for p in actor.model.parameters()])
-    return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls)}
+    return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
 
 
 def main(folder):

@@ -216,3 +216,47 @@ def test_a_context_too_short_for_the_response_is_refused(small, server_port):
     ]
     assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
     assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2", "--max-new-tokens", "8")
+
+
+def test_learning_rate_and_response_length_are_the_toys_without_a_policy_and_a_language_models_with_one(flags, tmp_path, capsys):
+    """The toy's 7e-4 held silently for one's own model, where it is seven hundred times too large."""
+    toys, own = parse(TrainConfig, "", []).filled(toy.DEFAULTS), parse(TrainConfig, "", []).filled()
+    assert (toys.lr, toys.max_new_tokens, own.lr, own.max_new_tokens) == (7e-4, 24, 1e-6, 256)
+    seed = parse(TrainConfig, "", ["--preset", "nemo-aligner", "--max-new-tokens", "9"]).filled(toy.DEFAULTS)
+    assert (seed.lr, seed.max_new_tokens) == (1e-6, 9), "a preset and a flag come before"
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, "", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 1e-6; the toy's: 7e-4)" in text and "(default: 256; the toy's: 24)" in text
+    i = flags.index("--lr")
+    out = train_here(*flags[:i], *flags[i + 2 :], "--max-steps", "1", "--log-dir", tmp_path)
+    assert out.returncode == 0 and "lr 1e-06 · responses of at most 8 tokens" in out.stdout
+    identity = json.loads((tmp_path / "identity.json").read_text())
+    assert (identity["lr"], identity["max_new_tokens"]) == (1e-6, 8)
+
+
+def test_a_tokenizer_with_neither_pad_nor_end_token_is_refused_though_the_generation_config_has_one(small, tmp_path):
+    def drop(folder):
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                text = {k: v for k, v in json.loads((folder / name).read_text()).items() if k not in ("pad_token", "eos_token")}
+                (folder / name).write_text(json.dumps(text))
+
+    with pytest.raises(ConfigError, match="neither pad nor end token"):
+        load_tokenizer(broken_policy(tmp_path / "p", small, drop))
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(small, tmp_path, server_port):
+    words = [
+        "--policy",
+        small / "policy",
+        "--train-data",
+        small / "train.jsonl",
+        "--rm-host",
+        "127.0.0.1",
+        "--rm-port",
+        server_port,
+    ]
+    (tmp_path / "file").write_text("")
+    assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", tmp_path / "file")
+    assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", "/proc/nowhere/run")

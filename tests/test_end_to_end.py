@@ -420,3 +420,9 @@ def test_responses_of_length_one_and_responses_without_an_end_are_trained_on(sma
         assert out.returncode == 0, out.stdout
         line = metrics(tmp_path / limit)[0]
         assert line["grad_norm"] > 0 and line["finished"] < 0.5 and line["response_length"] <= int(limit)
+
+
+def test_a_loss_that_is_not_finite_after_an_update_of_the_same_step_does_not_say_that_none_was_made(flags, tmp_path):
+    out = train_here(*flags, "--global-batch-size", "2", "--lr", "1e30", "--log-dir", tmp_path)
+    reason = json.loads((tmp_path / "exit.json").read_text())
+    assert out.returncode == 1 and "in step 1: after 1 of its updates" in reason["reason"], reason

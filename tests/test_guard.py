@@ -77,8 +77,8 @@ def test_a_model_whose_log_pi_depends_on_the_neighbours_is_refused_with_the_numb
 
 
 def test_a_gap_that_other_prompts_do_not_show_is_a_tie_and_no_reason(monkeypatch):
-    gaps = iter([{"a": 0.5, "b": 0.0}, {"a": 0.0, "b": 0.5}])
-    monkeypatch.setattr(guard, "_gaps", lambda *_: next(gaps))
+    gaps, real = iter([{"a": 0.5, "b": 0.0}, {"a": 0.0, "b": 0.5}]), guard._gaps
+    monkeypatch.setattr(guard, "_gaps", lambda *args: (real(*args)[0], next(gaps)))
     assert judged(tiny_llama()).sampling == 0.5
 
 

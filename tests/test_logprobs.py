@@ -167,3 +167,43 @@ def test_models_that_change_their_logits_are_found_and_scored_by_their_own_forwa
     for b in range(len(SEEDS)):
         response = out.response[b][out.mask[b]].tolist()
         torch.testing.assert_close(logp[b][out.mask[b]], naive(model, PROMPTS[b // 4], response), rtol=0, atol=1e-5)
+
+
+def test_the_head_of_a_gpu_has_bfloat16_operands_a_float32_result_and_their_gradient(monkeypatch):
+    """torch.mm has `out_dtype` on CUDA alone; a stand-in does what it is documented to do."""
+    from reinforce import head
+
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: plain(a.float(), b.float()) if out_dtype else plain(a, b))
+    draw = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 16, generator=draw).requires_grad_() for n in (5, 40))
+    logits = head._HalfProduct.apply(states.bfloat16(), weight.bfloat16())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, states.bfloat16().float() @ weight.bfloat16().float().T)
+    up = torch.randn(5, 40, generator=draw)
+    got = torch.autograd.grad((logits * up).sum(), (states, weight))
+    want = torch.autograd.grad(((states @ weight.T) * up).sum(), (states, weight))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_float32_under_bf16_in_sampler_scorer_and_reference_and_the_last_two_agree_bitwise(tied, tmp_path):
+    from recipes import toy
+    from reinforce.policy import load_policy
+
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    config = toy.make_config(tokenizer)
+    config.tie_word_embeddings = tied
+    toy.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), tokenizer, torch.device("cpu"))
+    reference = load_policy(str(tmp_path), tokenizer, torch.device("cpu"), frozen_dtype=torch.bfloat16)
+    assert reference.lm_head.weight.dtype == torch.float32 and reference.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sample(policy, PROMPTS, SEEDS, Sampling(max_new_tokens=10, end_ids=(2,), pad_id=0))
+        rows = (out.prompt, out.prompt_mask, out.response, out.mask)
+        logits = policy(input_ids=out.prompt).logits
+        scored, frozen = Scorer(policy, True)(*rows), Scorer(reference, True)(*rows)
+    assert logits.dtype == torch.float32 and len(set(logits[0, -1].tolist())) > 0.9 * logits.shape[-1], "not rounded to bfloat16"
+    assert torch.equal(scored, frozen) and 0 < (out.logp - scored).abs().max() < 0.1

@@ -573,6 +573,8 @@ def test_auto_precision_goes_on_as_the_run_began_and_is_one_rule_for_all_process
         ({"avx512_bf16": True}, False),
         ({"amx_bf16": True, "avx512_bf16": True}, True),
         ({"bf16": True}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
         ({}, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)

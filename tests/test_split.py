@@ -72,6 +72,7 @@ def test_bf16_under_ddp_and_under_fsdp_is_within_its_rounding(worlds, world, var
     gradient, _ = errors(found[world][variant], found[1]["ddp, bf16"], theta)
     assert gradient <= 5e-2
     assert errors(found[world][variant], found[1]["ddp"], theta)[0] > 1e-4, "it is bf16"
+    assert found[world][variant]["apart"] == 0.0, "scorer and reference of the same policy, token by token"
 
 
 def test_gradient_checkpointing_runs_each_block_twice(worlds):
