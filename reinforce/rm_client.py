@@ -46,6 +46,7 @@ class ServerInfo:
     model: str = "unknown"
     fingerprint: str | None = None
     max_texts: int = 64
+    max_body: int = 16 << 20  # bytes of one request
 
 
 class RewardClient:
@@ -77,6 +78,7 @@ class RewardClient:
         while True:
             try:
                 self._info = self._handshake()
+                self._connection.trust()
                 return self._info
             except ForeignServiceError as error:
                 raise ConfigError(f"--rm-host/--rm-port: {self.url} is not a reward server ({error})") from error
@@ -113,14 +115,26 @@ class RewardClient:
             raise ValueError(f"columns of different lengths: { {n: len(c) for n, c in given.items()} }")
         rewards: list[float] = []
         for start in range(0, count, info.max_texts):
-            part = {name: column[start : start + info.max_texts] for name, column in given.items()}
-            try:
-                rewards += self._score(part)
-            except RefusedError as error:
-                alone = len(next(iter(part.values()))) == 1
-                at = 0 if alone else error.index
-                raise RefusedError(str(error), None if at is None else start + at) from error
+            rewards += self._split({name: column[start : start + info.max_texts] for name, column in given.items()}, start)
         return rewards
+
+    def _split(self, columns: dict[str, list[Any]], start: int) -> list[float]:
+        """Rewards of a part of a request, whose first text has the number `start`, in requests as long as the server takes."""
+        count, most = len(next(iter(columns.values()))), (self._info or ServerInfo()).max_body
+        size = len(json.dumps(columns)) + 100  # and an id
+        if size > most and count == 1:
+            raise RefusedError(f"a request of {size} bytes, and {self.url} takes {most}", start)
+        if size > most:
+            halves = (
+                {name: column[part] for name, column in columns.items()} for part in (slice(0, count // 2), slice(count // 2, None))
+            )
+            first, second = halves
+            return self._split(first, start) + self._split(second, start + count // 2)
+        try:
+            return self._score(columns)
+        except RefusedError as error:
+            at = 0 if count == 1 else error.index
+            raise RefusedError(str(error), None if at is None else start + at) from error
 
     def _score(self, columns: dict[str, list[Any]]) -> list[float]:
         self._requests += 1
@@ -160,7 +174,7 @@ class RewardClient:
 
     def _probe(self, status: int, kind: str, end: float) -> ServerInfo:
         """No /info: another project's reward server answers a probe text, anything else does not."""
-        foreign = f"/info answered {status} {kind or 'without a type'}"
+        foreign = f"/info answered {status} {ascii(kind[:60])[1:-1] or 'without a type'}"
         if self._fingerprint is not None:
             raise ConfigError(f"--rm-fingerprint: {self.url} has no /info, so it cannot be checked ({foreign})")
         try:
@@ -173,7 +187,7 @@ class RewardClient:
 
     def _pin(self, info: ServerInfo) -> ServerInfo:
         if self._fingerprint is not None and info.fingerprint != self._fingerprint:
-            detail = f"{info.fingerprint} instead of {self._fingerprint}"
+            detail = f"{info.fingerprint!r:.80} instead of {self._fingerprint}"
             if self._info is None:
                 raise ConfigError(f"--rm-fingerprint: {self.url} serves another reward model ({detail})")
             raise RewardError(f"reward server {self.url} now serves another model ({detail})")
@@ -207,7 +221,7 @@ class RewardClient:
                 raise RefusedError(said, _index_of(reply.body, len(texts)))
             raise RewardError(said)
         if reply.kind != "application/json":
-            raise RewardError(f"{self.url}{path} answered {reply.kind or 'without a type'}, not application/json")
+            raise RewardError(f"{self.url}{path} answered {reply.kind[:60]!r}, not application/json")
         try:
             return json.loads(reply.body)
         except (ValueError, RecursionError) as error:
@@ -224,10 +238,13 @@ class RewardClient:
             got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
             raise RewardError(f"{self.url} answered {got} as rewards for {expected} texts")
         if request_id is not None and reply.get("id") not in (None, request_id):
-            raise RewardError(f"{self.url} answered another request: id {reply['id']!r} instead of {request_id!r}")
+            raise RewardError(f"{self.url} answered another request: id {reply['id']!r:.80} instead of {request_id!r}")
+        shown = reply.get("fingerprint")
+        if self._fingerprint is not None and shown is not None and shown != self._fingerprint:
+            raise RewardError(f"reward server {self.url} now serves another model ({shown!r:.80} instead of {self._fingerprint})")
         for i, value in enumerate(rewards):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise RewardError(f"{self.url}: reward {i} is {value!r}, not a finite number")
+            if type(value) not in (int, float) or not -math.inf < value < math.inf or abs(value) > sys.float_info.max:
+                raise RewardError(f"{self.url}: reward {i} is {value!r:.80}, not a finite number")
         return [float(value) for value in rewards]
 
 
@@ -243,7 +260,9 @@ def _index_of(body: bytes, count: int) -> int | None:
 def _parse_info(body: bytes) -> ServerInfo | None:
     try:
         info = json.loads(body)
-        limit = info["max_texts"]
-        return ServerInfo(str(info["model"]), str(info["fingerprint"]), limit) if type(limit) is int and limit > 0 else None
+        texts, size = info["max_texts"], info.get("max_body", ServerInfo.max_body)
+        if not all(type(limit) is int and limit > 0 for limit in (texts, size)):
+            return None
+        return ServerInfo(str(info["model"]), str(info["fingerprint"]), texts, size)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -6,12 +6,13 @@
 import http.client
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from reinforce.errors import ConfigError, FailedError
 
@@ -20,12 +21,23 @@ MAX_REPLY = 64 << 20  # bytes
 
 def read_token() -> str | None:
     """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE; never from a command line, which every user can read."""
-    if path := os.environ.get("RM_TOKEN_FILE"):
-        try:
-            return Path(path).read_text().strip() or None
-        except OSError as error:
-            raise ConfigError(f"RM_TOKEN_FILE {path}: {error.strerror}") from error
-    return os.environ.get("RM_TOKEN") or None
+    path = os.environ.get("RM_TOKEN_FILE")
+    if not path:
+        return _checked_token(os.environ["RM_TOKEN"], "RM_TOKEN") if os.environ.get("RM_TOKEN") else None
+    try:
+        text = Path(path).read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"RM_TOKEN_FILE {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"RM_TOKEN_FILE {path}: it is not text") from error
+    return _checked_token(text, f"RM_TOKEN_FILE {path}")
+
+
+def _checked_token(token: str, where: str) -> str:
+    """The token, if it can be sent in a header. Raises ConfigError, which does not repeat it."""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"{where}: a token must be one line of visible ASCII characters, without spaces, and not empty")
+    return token
 
 
 class RewardError(FailedError):
@@ -51,6 +63,26 @@ class Reply:
     pause: float  # Retry-After, seconds; 0 without one
 
 
+class _DeadlineSocket(socket.socket):
+    """Every call ends at one instant, `limit`, however many calls there are: a time-out alone would start anew with each byte."""
+
+    limit = 0.0  # a time.monotonic()
+
+    def _left(self) -> None:
+        left = self.limit - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the exchange did not end in time")
+        self.settimeout(left)
+
+    def recv_into(self, *args: Any, **named: Any) -> int:
+        self._left()
+        return super().recv_into(*args, **named)
+
+    def sendall(self, *args: Any) -> None:
+        self._left()
+        super().sendall(*args)
+
+
 class Connection:
     """One keep-alive connection to a server."""
 
@@ -59,6 +91,11 @@ class Connection:
         self.url = f"http://{host}:{port}"
         self._address, self._token, self._before_post = (host, port), token, before_post
         self._connection: http.client.HTTPConnection | None = None
+        self._vetted = False  # `before_post` has passed since it was opened
+
+    def trust(self) -> None:
+        """What is connected now has been vetted."""
+        self._vetted = self._connection is not None
 
     def exchange(self, method: str, path: str, payload: Any, limit: float) -> Reply:
         """The reply to one request before `limit`, a time.monotonic().
@@ -71,13 +108,14 @@ class Connection:
             headers["Authorization"] = f"Bearer {self._token}"
         for fresh in (False, True):  # a kept connection that the server closed meanwhile is no failure of the server
             reused = self._connection is not None
-            if not reused and body is not None:
+            if not self._vetted and body is not None:
                 self._before_post(limit)
+                self._vetted = True
             try:
                 connection = self._connected(limit)
                 connection.request(method, path, body, headers)
                 response = connection.getresponse()
-                data = self._read(response, connection, limit)
+                data = self._read(response)
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
                 self._close()
                 if reused and not fresh:
@@ -96,20 +134,26 @@ class Connection:
             after = response.getheader("Retry-After") or ""
             if response.will_close:
                 self._close()
-            return Reply(response.status, kind, data, float(after) if after.isdigit() else 0.0)
+            return Reply(response.status, kind, data, float(after) if re.fullmatch(r"[0-9]{1,9}", after) else 0.0)
         raise AssertionError("unreachable")
 
     def _connected(self, limit: float) -> http.client.HTTPConnection:
-        timeout = max(0.001, limit - time.monotonic())
         if self._connection is None:
-            self._connection = http.client.HTTPConnection(*self._address, timeout=timeout)
-            self._connection.connect()
-            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection.sock.settimeout(timeout)
+            connection = http.client.HTTPConnection(*self._address, timeout=max(0.001, limit - time.monotonic()))
+            connection.connect()
+            plain = connection.sock
+            connection.sock = _DeadlineSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connection, self._vetted = connection, False
+        cast(_DeadlineSocket, self._connection.sock).limit = limit
         return self._connection
 
-    def _read(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, limit: float) -> bytes:
-        """The body, within a total time: a socket's time-out alone would start anew with every byte of a slow drip."""
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """The body. Raises RewardError for one that is endless, in chunks or packed."""
+        for name in ("Transfer-Encoding", "Content-Encoding"):
+            if value := response.getheader(name):
+                self._close()
+                raise RewardError(f"the reply of {self.url} has {name} {value[:60]!r}, which is not taken")
         parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
@@ -117,11 +161,6 @@ class Connection:
             if size > MAX_REPLY:
                 self._close()
                 raise RewardError(f"the reply of {self.url} is longer than {MAX_REPLY} bytes")
-            left = limit - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("the reply did not arrive in time")
-            if connection.sock is not None:
-                connection.sock.settimeout(left)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         response.close()  # read1 leaves a whole answer open, and the connection busy
@@ -130,4 +169,4 @@ class Connection:
     def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection = None
+        self._connection, self._vetted = None, False

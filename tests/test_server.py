@@ -126,7 +126,9 @@ def test_info_health_and_metrics_tell_how_it_is(model_server):
 def test_requests_of_another_shape_get_their_status(model_server, payload, status):
     got, reply = call(model_server, "POST", "/get_reward", payload)
     assert got == status, reply
-    assert set(reply) == ({"rewards", "scores", "extra_logs", "id", "model"} if status == 200 else {"error", "message", "index"})
+    assert set(reply) == (
+        {"rewards", "scores", "extra_logs", "id", "model", "fingerprint"} if status == 200 else {"error", "message", "index"}
+    )
 
 
 def test_a_lone_surrogate_is_named_by_its_index(model_server):

@@ -1,6 +1,7 @@
 """The flags of serve_rm.py."""
 
 import datetime
+import math
 from dataclasses import dataclass
 
 from reinforce.errors import ConfigError
@@ -40,6 +41,8 @@ class ServeConfig:
         if self.reward_model is not None and self.reward_fn is not None:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
         refuse(self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"))
+        if self.reward_mean is not None and not math.isfinite(self.reward_mean):
+            raise ConfigError(f"--reward-mean is {self.reward_mean}; it must be a finite number")
         try:
             datetime.date.fromisoformat(self.date)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """The four routes: POST /get_reward, GET /health, /info and /metrics."""
 
+import math
 import queue
 import threading
 import time
@@ -105,7 +106,10 @@ class RewardHandler(Handler):
         rewards = [(s - reward.mean) / reward.std for s in scores]
         if clip is not None:
             rewards = [max(-clip, min(clip, r)) for r in rewards]
-        reply = {"rewards": rewards, "scores": scores, "extra_logs": {}, "id": request.get("id"), "model": reward.model}
+        if not all(map(math.isfinite, rewards)):  # a tiny --reward-std makes them so
+            raise HttpError(500, "non_finite", "a reward is NaN or infinite")
+        reply = {"rewards": rewards, "scores": scores, "extra_logs": {}, "id": request.get("id"), "model": reward.model,
+                 "fingerprint": reward.fingerprint}  # fmt: skip
         return json_body(reply)
 
     def _scores(self, batcher: Batcher, items: list[Any], deadline: float) -> list[float]:

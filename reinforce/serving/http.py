@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hmac
 import json
+import math
 import re
 import socket
 import socketserver
@@ -79,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server_version, sys_version = "rm", ""
     server: Server
+    _unread: float = 0  # bytes of the body that have not been read
 
     def route(self, method: str, path: str) -> tuple[int, str, bytes]:
         """Answer one request; raise HttpError for any other status."""
@@ -108,23 +110,34 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._send(error.status, "application/json", _error_body(error))
             return False
-        return super().handle_expect_100()
+        super().handle_expect_100()
+        self.wfile.flush()  # the client waits for it before it sends the body
+        return True
 
     def log_message(self, format: str, *args: Any) -> None:
         """No access log: it would hold prompts of strangers' making."""
 
     def _answer(self, method: str) -> None:
         try:
+            self._unread = self._announced()
             path = self.path.split("?")[0]
             self._authorise(path)
-            if method == "GET" and (self.headers.get("Content-Length") or self.headers.get("Transfer-Encoding")):
-                self.close_connection = True  # a body that nobody reads would be taken for the next request
             status, kind, body = self.route(method, path)
         except HttpError as error:
-            if error.status in (400, 401, 404, 405, 408, 411, 413, 415):
-                self.close_connection = True  # the body may not have been read
             status, kind, body = error.status, "application/json", _error_body(error)
+        if self._unread and status != 401:
+            self._drain()
+        if self._unread:
+            self.close_connection = True  # what is left of the body would be taken for the next request
         self._send(status, kind, body)
+
+    def _announced(self) -> float:
+        """Bytes of the body that are to come; infinity where the framing does not say it in the one way that is taken."""
+        framed = any(self.headers.get(name) is not None for name in ("Content-Length", "Transfer-Encoding"))
+        try:
+            return self._length() if framed else 0
+        except HttpError:
+            return math.inf
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
@@ -148,10 +161,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         given = self.headers.get_all("Authorization") or []
         kind, _, value = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        if kind == "Basic":
+        kind = kind.lower()
+        if kind == "basic":
             with contextlib.suppress(ValueError):
                 value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        if kind not in ("Bearer", "Basic") or not hmac.compare_digest(value.encode("utf-8", "replace"), token.encode()):
+        if kind not in ("bearer", "basic") or not hmac.compare_digest(value.encode("utf-8", "replace"), token.encode()):
             raise HttpError(401, "unauthorized", "a token is needed: Authorization: Bearer <RM_TOKEN>")
 
     def _length(self) -> int:
@@ -164,31 +178,37 @@ class Handler(BaseHTTPRequestHandler):
         """The body of this POST. Raises HttpError 400, 408, 411, 413 or 415."""
         if (self.headers.get("Content-Type") or "").split(";")[0].strip().lower() != "application/json":
             raise HttpError(415, "unsupported_media_type", "Content-Type must be application/json")
-        left, end, parts = self._length(), time.monotonic() + BODY_SECONDS, []
-        if left > MAX_BODY:
-            self._drain(left)
+        self._unread = self._length()
+        if self._unread > MAX_BODY:
             raise HttpError(413, "too_large", f"at most {MAX_BODY} bytes")
-        while left:
+        end, parts = time.monotonic() + BODY_SECONDS, []
+        while self._unread:
             try:
-                part = self.rfile.read1(min(left, 1 << 16))
+                part = self.rfile.read1(min(int(self._unread), 1 << 16))
             except TimeoutError:
                 part = b""
             if not part or time.monotonic() > end:
                 raise HttpError(408, "timeout", "the body did not arrive")
             parts.append(part)
-            left -= len(part)
+            self._unread -= len(part)
         try:
             return json.loads(b"".join(parts), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise HttpError(400, "bad_json", "the body is not JSON") from error
 
-    def _drain(self, left: int) -> None:
-        """Take in some of an oversized body, so that the client reads our answer instead of a broken pipe."""
-        left, end = min(left, MAX_BODY), time.monotonic() + 1.0
+    def _drain(self) -> None:
+        """Take in what is left of a body, for a second at most, so that the client reads our answer instead of a broken pipe."""
+        if self._unread == math.inf:
+            return
+        most, end = MAX_BODY, time.monotonic() + 1.0
         self.connection.settimeout(1.0)
         with contextlib.suppress(OSError):
-            while left > 0 and time.monotonic() < end and (part := self.rfile.read1(min(left, 1 << 16))):
-                left -= len(part)
+            while (
+                self._unread and most > 0 and time.monotonic() < end and (part := self.rfile.read1(min(int(self._unread), 1 << 16)))
+            ):
+                self._unread -= len(part)
+                most -= len(part)
+        self.connection.settimeout(self.timeout)
 
 
 def _no_constant(name: str) -> float:

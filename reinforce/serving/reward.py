@@ -83,14 +83,25 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
     def run(items: list[tuple[str, str, Any]]) -> list[float]:
         prompts, completions, labels = (list(column) for column in zip(*items, strict=True))
-        scores = function(prompts=prompts, completions=completions, labels=labels)
-        if len(scores) != len(items):
-            raise ValueError(f"{spec} returned {len(scores)} scores for {len(items)} completions")
-        return [float(s) for s in scores]
+        return numbers_of(function(prompts=prompts, completions=completions, labels=labels), len(items), spec)
 
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
     return Reward(encode, run, lambda item: len(item[1]), None, named.name, named.digest, mean, std)
+
+
+def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
+    """What a reward function returned, if it is one number for each completion: a list, tuple, array or 1-D tensor of them."""
+    values = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(values, (list, tuple)):  # of a dict the keys, of a string the digits would become rewards
+        raise ValueError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
+    if len(values) != count:
+        raise ValueError(f"{spec} returned {len(values)} scores for {count} completions")
+    plain = [value.item() if hasattr(value, "item") else value for value in values]
+    for value in plain:
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{spec} returned {value!r:.80} as a score")
+    return [float(value) for value in plain]
 
 
 def load_reward(config: ServeConfig) -> Reward:
