@@ -63,8 +63,7 @@ case "$mode" in
   toy)
     data="$("$python" "$here/recipes/toy.py")" || exit $?
     server_flags+=(--reward-model "$data/reward_model")
-    train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl"
-      --lr 7e-4 --max-new-tokens 24) ;;
+    train_flags+=(--policy "$data/policy" --train-data "$data/train.jsonl" --val-data "$data/validation.jsonl") ;;
   smollm2)
     data="$("$python" "$here/recipes/smollm2.py")" || exit $?
     server_flags+=(--reward-fn "$here/recipes/smollm2.py:positivity")

@@ -28,6 +28,7 @@ from reinforce.flags import parse
 from reinforce.kl import KL, per_response
 from reinforce.loss import clipped_loss, reinforce_loss, token_weights
 from reinforce.objective import Judged, counted, objective
+from reinforce.refused import GREEDY, SAMPLED
 from reinforce.rollout import Batch, Rollout
 from reinforce.run import distributed, exits, setup
 from reinforce.run.actor import Actor
@@ -37,10 +38,10 @@ from reinforce.run.update import Step, Summed, Sums, Update, plan_updates
 from reinforce.text import Prompt
 
 
-def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, may_refuse: bool = False) -> Judged:
+def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Judged:
     """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64; no gradient."""
     config, kl = actor.config, None
-    reward = actor.reward(prompts, rollout, may_refuse)  # (B,), over HTTP
+    reward = actor.reward(prompts, rollout, kind)  # (B,), over HTTP
     ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
     if ref_logp is not None:
         kl_token = KL[config.kl](rollout.logp, ref_logp)  # (B, T)
@@ -82,8 +83,8 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         greedy = actor.sample_greedy(prompts, step) if baseline.needs_greedy else None
 
         # 2. and 3. reward r over HTTP, KL to the initial policy: R = r - beta * KL
-        judged = judge(actor, prompts, rollout, may_refuse=True)
-        judged_greedy = judge(actor, prompts, greedy) if greedy else None
+        judged = judge(actor, prompts, rollout)
+        judged_greedy = judge(actor, prompts, greedy, GREEDY) if greedy else None
 
         # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
         own_valid = counted(rollout.finished, judged.reward.to(actor.device), config.truncated)  # (B,), this rank's
@@ -120,7 +121,7 @@ def start(life: exits.Life) -> None:
     """Everything that can be wrong is checked first, cheapest first; then the models are loaded, and the loop runs."""
     given = parse(TrainConfig, __doc__)
     begun = setup.begin(given)
-    config = toy.stand_in(given, life.stack)
+    config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)
     life.folder, identity = setup.open_run_folder(inputs, "toy" if given.policy is None else Path(given.policy).name)
     actor = setup.load(inputs)

@@ -267,10 +267,12 @@ def main() -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
     given = data_flags(config, (config.rm_host or "127.0.0.1", config.rm_port or 1))
-    settings = parse(TrainConfig, "", [*given, *extra]).filled()  # refuse now, not in thirty runs
+    settings = parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    settings = settings.filled(toy.DEFAULTS) if config.policy is None else toy.filled(settings)
     for name in config.baselines:
         own_baseline.check(name, settings.num_rollouts_per_prompt)
-    if own := {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval"} & {word.partition("=")[0] for word in extra}:
+    taken = {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval", "--skip-refused"}
+    if own := taken & {word.partition("=")[0] for word in extra}:
         raise ConfigError(f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)")
     if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
         raise ConfigError("the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0")
@@ -282,7 +284,6 @@ def main() -> None:
             prepared = toy.prepare()
             address = stack.enter_context(toy.server())
             config = dataclasses.replace(config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl"))
-            extra = [*(f"--{name.replace('_', '-')}={value}" for name, value in toy.DEFAULTS.items()), *extra]
         else:
             address = (str(config.rm_host), int(config.rm_port or 0))
         common = [*data_flags(config, address), *extra]
@@ -292,7 +293,7 @@ def main() -> None:
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)
             last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
-            report(config, curves, measure_noise(parse(TrainConfig, "", common), config, last), folder)
+            report(config, curves, measure_noise(toy.filled(parse(TrainConfig, "", common)), config, last), folder)
     print(f"\n{(folder / 'compare.md').read_text()}")
     print(f"table {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
     distributed.stop()

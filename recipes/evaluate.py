@@ -72,6 +72,12 @@ class Config:
             raise ConfigError("--rm-host and --rm-port come together")
 
 
+def given(config: Config, name: str) -> bool:
+    """Whether a flag of evaluation changes the run's own setting: 0 does, an absent switch does not."""
+    value = getattr(config, name)
+    return value is not None and value is not False
+
+
 def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, str]:
     """train.py's settings for the initial policy on the test prompts, the run folder, and the trained policy."""
     run = Path(str(config.run))
@@ -81,7 +87,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError(f"--run {run}: no run of train.py there ({error})") from error
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names}
-    base = TrainConfig(**values)
+    base = toy.filled(TrainConfig(**values))
     checkpoints = sorted(run.glob("checkpoints/step-*"))
     if config.policy is None and not checkpoints:
         raise ConfigError(f"--run {run}: no checkpoints there; give --policy")
@@ -96,7 +102,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
         raise ConfigError("--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if getattr(config, name) not in (None, False)}
+    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if given(config, name)}
     base = dataclasses.replace(
         base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
         baseline="none", initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp",
@@ -109,7 +115,7 @@ def answer(actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | N
     """One scored response to each prompt; with `initial`, its KL to that policy, nats."""
     how = dataclasses.replace(actor.training, greedy=greedy)
     out = actor.respond(prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
-    reward = actor.ask(prompts, out)  # (P,)
+    reward, _ = actor.ask(prompts, out)  # (P,)
     distance = None
     if initial is not None and not greedy:
         distance = kl.per_response(kl.k1(out.logp, initial.score(initial.scorer, out)), out.mask).double().cpu()  # (P,)

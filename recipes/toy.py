@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from recipes import sft, train_rm  # noqa: E402
 from recipes.fit import Plan  # noqa: E402
 from reinforce.run import distributed  # noqa: E402
-from reinforce.run.config import TrainConfig  # noqa: E402
+from reinforce.run.config import LANGUAGE_MODEL, TrainConfig  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
 PEOPLE = [
@@ -156,14 +156,20 @@ def prepare() -> Path:
     return folder
 
 
+def filled(config: TrainConfig) -> TrainConfig:
+    """train.py's settings with the toy's defaults if its policy is trained, else a language model's. Raises ConfigError."""
+    ours = config.policy is None or is_toy(config.policy)
+    return config.filled(DEFAULTS if ours else LANGUAGE_MODEL)
+
+
 def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
     """train.py's settings with the toy's policy, prompts and reward server if none are named; the server ends with `stack`.
 
     Every rank calls it, rank 0 prepares and serves.
     """
+    config = filled(config)
     if config.policy is not None:
-        return config.filled()
-    config = config.filled(DEFAULTS)
+        return config
     folder = distributed.together(lambda: str(prepare()), only_first=True)
     host, port = distributed.together(lambda: stack.enter_context(server()), only_first=True)
     if distributed.rank() == 0:

@@ -29,11 +29,11 @@ class _HalfProduct(torch.autograd.Function):
 
 
 def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The head as a function, states (..., H) -> logits (..., V) float32; its weight is cast once for all calls."""
+    """The head as a function, states (..., H) -> logits (..., V) float32; its weight is cast once for all its calls."""
     if type(head) is not nn.Linear:
         return lambda states: cast(Tensor, head(states)).float()
     weight, bias, device = head.weight, head.bias, head.weight.device.type
-    half = device == "cuda" and torch.is_autocast_enabled(device)
+    half = _on_gpu(weight) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False):
         weight = weight.bfloat16() if half else weight.float()  # (V, H)
 
@@ -43,13 +43,20 @@ def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
                 return nn.functional.linear(states.float(), weight, bias)
             logits = cast(Tensor, cast(Any, _HalfProduct).apply(states.bfloat16().flatten(0, -2), weight))  # (n, V)
             logits = logits if bias is None else logits + bias
-            return logits.view(*states.shape[:-1], -1)
+            return logits.view(*states.shape[:-1], weight.shape[0])
 
     return product
 
 
+def _on_gpu(weight: Tensor) -> bool:
+    return weight.device.type == "cuda"
+
+
 def give_float32_logits(model: nn.Module) -> nn.Module:
-    """The model itself, its output head following the rule above wherever it is called."""
+    """The model itself, its output head following the rule above wherever it is called.
+
+    The sampler calls it once a token, and on a GPU casts the weight each time.
+    """
     head: Any = cast(Any, model).get_output_embeddings()
     if type(head) is nn.Linear:
         cast(Any, head).forward = functools.partial(_forward, head)

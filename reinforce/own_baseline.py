@@ -11,13 +11,14 @@ author's business: unbiased is one that does not depend on the row's own respons
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reinforce.baselines import BASELINES, Baseline
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, FailedError
 from reinforce.plugin import load_named
 
 
@@ -26,9 +27,44 @@ def is_own(name: str) -> bool:
     return name not in BASELINES
 
 
+class OwnBaselineError(FailedError):
+    """A baseline of one's own failed in a step, on all ranks alike."""
+
+
+@dataclass(frozen=True)
+class OwnBaseline(Baseline):
+    """A baseline of one's own, whose result is looked at in every step."""
+
+    name: str = ""  # as on the command line
+
+    def __call__(self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None) -> Tensor:
+        """objective, valid (P, K) -> advantage (P, K). Raises OwnBaselineError."""
+        try:
+            advantage = self.function(objective.clone(), valid.clone())
+        except Exception as error:  # whatever one's own code raises
+            raise OwnBaselineError(f"--baseline {self.name}: it raises {type(error).__name__}: {error}") from error
+        if reason := flaw(advantage, valid):
+            raise OwnBaselineError(f"--baseline {self.name}: {reason}")
+        return advantage.detach()
+
+
 def make(name: str, ema_decay: float) -> Baseline:
     """The estimator that --baseline names. Raises ConfigError."""
-    return Baseline(load_named(name, "--baseline").value) if is_own(name) else BASELINES[name](ema_decay)
+    if is_own(name):
+        return OwnBaseline(load_named(name, "--baseline").value, name=name)
+    return BASELINES[name](ema_decay)
+
+
+def flaw(advantage: Any, valid: Tensor) -> str | None:
+    """What is wrong with a result for valid (P, K); None if nothing is."""
+    if not isinstance(advantage, Tensor) or advantage.shape != valid.shape or not advantage.is_floating_point():
+        got = f"{advantage.dtype} {tuple(advantage.shape)}" if isinstance(advantage, Tensor) else type(advantage).__name__
+        return f"it must return a float tensor {tuple(valid.shape)}, and returned {got}"
+    if not advantage.isfinite().all():
+        return "its advantages are not finite; rewards where valid is false may be NaN and must not be read"
+    if advantage[~valid].any():
+        return "its advantages must be 0 where valid is false"
+    return None
 
 
 def identity(name: str) -> str:
@@ -66,15 +102,10 @@ def check(name: str, k: int) -> None:
                 advantage = function(*given)
             except Exception as error:  # whatever one's own code raises
                 raise refuse(f"it raises {type(error).__name__}: {error}") from error
-            if not isinstance(advantage, Tensor) or advantage.shape != kept[0].shape or not advantage.is_floating_point():
-                got = f"{advantage.dtype} {tuple(advantage.shape)}" if isinstance(advantage, Tensor) else type(advantage).__name__
-                raise refuse(f"it must return a float tensor {tuple(kept[0].shape)}, and returned {got}")
             if not torch.equal(given[0].nan_to_num(), kept[0].nan_to_num()) or not torch.equal(given[1], kept[1]):
                 raise refuse("it writes to its inputs")
-            if not advantage.isfinite().all():
-                raise refuse("its advantages are not finite; rewards where valid is false may be NaN and must not be read")
-            if advantage[~kept[1]].any():
-                raise refuse("its advantages must be 0 where valid is false")
+            if reason := flaw(advantage, kept[1]):
+                raise refuse(reason)
             results.append(advantage.detach().clone())
         _check_state(function, refuse)
     if not all(torch.equal(a, b) for a, b in zip(results[:2], results[2:], strict=True)):

@@ -5,22 +5,28 @@ that is left out is treated as `--truncated drop` treats an unfinished one: not 
 the same way, with "accepted" for "finished": with rloo the gradient of E[R | accepted], prompt by prompt.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rm_connection import RewardError
 
+Row = dict[str, Any]  # index of the prompt in its file, prompt, response, the server's answer, kind
+SAMPLED, GREEDY, VALIDATION = "response", "greedy response", "validation response"  # kinds; only the first may be left out
+
 
 class RefusedRowError(RewardError):
     """The server refuses a response; what the run folder is told of it."""
 
-    def __init__(self, message: str, index: int, prompt: str, response: str) -> None:
-        """`index` is the prompt's in its file; `message` the server's answer."""
-        super().__init__(f"prompt {index + 1}, {prompt[-60:]!r}, response {response[:60]!r}: {message}")
-        self.row = {"index": index, "prompt": prompt, "response": response, "answer": message}
+    def __init__(self, row: Row) -> None:
+        """`row` is what `refused_row` makes."""
+        super().__init__(
+            f"prompt {row['index'] + 1}, {row['prompt'][-60:]!r}, {row['kind']} {row['response'][:60]!r}: {row['answer']}"
+        )
+        self.row = row
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.row["answer"], self.row["index"], self.row["prompt"], self.row["response"])
+        return type(self), (self.row,)
 
 
 class Refusals:
@@ -29,27 +35,31 @@ class Refusals:
     def __init__(self, most: int) -> None:
         """`most` is --skip-refused."""
         self.most, self.total = most, 0
+        self.rows: list[Row] = []  # those of the step that is going on
 
     @property
     def left(self) -> int:
         """How many more may be left out."""
         return max(0, self.most - self.total)
 
-    def take(self, count: int) -> None:
-        """Count some more. Raises RewardError beyond the most."""
-        self.total += count
-        if self.total > self.most:
-            raise RewardError(f"the reward server has refused {self.total} responses of this run; --skip-refused is {self.most}")
+    def take(self, rows: Sequence[Row]) -> None:
+        """Count some more, of all ranks. Raises RefusedRowError with the first one beyond the most."""
+        if len(rows) > self.left:
+            raise RefusedRowError(rows[self.left])
+        self.total += len(rows)
+        self.rows += rows
 
 
-def rewards_but_refused(client: RewardClient, request: dict[str, list[Any]], most: int) -> list[float | None]:
-    """One reward for each text of the request, None for those that the server refuses, `most` at the most.
+def rewards_but_refused(
+    client: RewardClient, request: dict[str, list[Any]], most: int
+) -> tuple[list[float | None], dict[int, str]]:
+    """One reward for each text of the request, None for those that the server refuses, and its answers to these.
 
-    Raises RefusedError with the index of the first one beyond.
+    Raises RefusedError with the index of the first one beyond `most`.
     """
     columns = {name: list(column) for name, column in request.items()}
     rewards: list[float | None] = [None] * len(next(iter(columns.values())))
-    kept, refused = list(range(len(rewards))), 0
+    kept, answers = list(range(len(rewards))), dict[int, str]()
     while kept:
         asked = {name: [column[i] for i in kept] for name, column in columns.items()}
         try:
@@ -60,11 +70,10 @@ def rewards_but_refused(client: RewardClient, request: dict[str, list[Any]], mos
             at = error.index if error.index is not None else _first_refused(client, asked)
             if at is None:  # each alone is taken: nothing to leave out
                 raise
-            if refused >= most:
+            if len(answers) >= most:
                 raise RefusedError(str(error), kept[at]) from error
-            refused += 1
-            del kept[at]
-    return rewards
+            answers[kept.pop(at)] = str(error)
+    return rewards, answers
 
 
 def _first_refused(client: RewardClient, columns: dict[str, list[Any]]) -> int | None:

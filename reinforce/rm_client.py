@@ -125,11 +125,11 @@ class RewardClient:
         if size > most and count == 1:
             raise RefusedError(f"a request of {size} bytes, and {self.url} takes {most}", start)
         if size > most:
-            halves = (
-                {name: column[part] for name, column in columns.items()} for part in (slice(0, count // 2), slice(count // 2, None))
+            middle = count // 2
+            first, second = (
+                {name: column[part] for name, column in columns.items()} for part in (slice(middle), slice(middle, None))
             )
-            first, second = halves
-            return self._split(first, start) + self._split(second, start + count // 2)
+            return self._split(first, start) + self._split(second, start + middle)
         try:
             return self._score(columns)
         except RefusedError as error:

@@ -20,9 +20,6 @@ TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
 )
 
 
-NOW = r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)"""
-
-
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: the text that the policy reads (rendered, if it came as messages), its token ids, and what came with it."""
@@ -59,13 +56,23 @@ def render(tokenizer: Any, messages: list[dict[str, str]], where: str, date: str
     same tokens when a run goes on tomorrow. The tokenizer's own template stays as it is.
     """
     if date is not None and "strftime_now" in str(tokenizer.chat_template):
-        day = datetime.date.fromisoformat(date)
-        template = tokenizer.get_chat_template()
-        how["chat_template"] = re.sub(NOW, lambda call: repr(day.strftime(call["format"])), template)
+        how["chat_template"] = at_day(tokenizer.get_chat_template(), datetime.date.fromisoformat(date))
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
     except Exception as error:  # templates raise what they like
         raise ConfigError(f"{where}: the chat template refuses {messages!r:.200} ({error})") from error
+
+
+def at_day(template: str, day: datetime.date) -> str:
+    """A chat template whose `strftime_now` gives this day: a macro of the template's own language, since it takes no functions.
+
+    >>> print(at_day("{{ strftime_now('%d %b') }}", datetime.date(2024, 7, 26))[-30:])
+    {{ strftime_of_day('%d %b') }}
+    """
+    directives = [*(f"%-{letter}" for letter in "dmHIMSj"), *(f"%{letter}" for letter in "aAbBcdeDFGHIjmMpSTuUVwWxXyYZ")]
+    filters = "".join(f" | replace({directive!r}, {day.strftime(directive)!r})" for directive in directives)
+    macro = "{%- macro strftime_of_day(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+    return macro + re.sub(r"\bstrftime_now(?=\s*\()", "strftime_of_day", template)
 
 
 def decoded(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip_special_tokens: bool) -> str:

@@ -222,6 +222,9 @@ def test_learning_rate_and_response_length_are_the_toys_without_a_policy_and_a_l
     """The toy's 7e-4 held silently for one's own model, where it is seven hundred times too large."""
     toys, own = parse(TrainConfig, "", []).filled(toy.DEFAULTS), parse(TrainConfig, "", []).filled()
     assert (toys.lr, toys.max_new_tokens, own.lr, own.max_new_tokens) == (7e-4, 24, 1e-6, 256)
+    here = ["--train-data", "x", *HERE]
+    assert toy.filled(parse(TrainConfig, "", ["--policy", str(toy.prepare() / "policy"), *here])).max_new_tokens == 24
+    assert toy.filled(parse(TrainConfig, "", ["--policy", "x", *here])).max_new_tokens == 256
     seed = parse(TrainConfig, "", ["--preset", "nemo-aligner", "--max-new-tokens", "9"]).filled(toy.DEFAULTS)
     assert (seed.lr, seed.max_new_tokens) == (1e-6, 9), "a preset and a flag come before"
     with pytest.raises(SystemExit):

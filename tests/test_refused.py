@@ -7,7 +7,7 @@ import torch
 from conftest import metrics, train_here
 from test_client import INFO, BadServer, reply
 
-from reinforce.refused import Refusals, rewards_but_refused
+from reinforce.refused import Refusals, RefusedRowError, rewards_but_refused
 from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rm_connection import RewardError
 
@@ -45,7 +45,8 @@ def start():
 def test_a_refused_text_is_found_by_the_index_or_by_asking_one_at_a_time(start, status, indexed):
     client = RewardClient("127.0.0.1", start(status, indexed).port)
     request = {"query": ["a", "bb", "a pizza", "cccc", "d", "eeeeee", "pizza"], "prompts": [""] * 7}
-    assert rewards_but_refused(client, request, most=2) == [1.0, 2.0, None, 4.0, 1.0, 6.0, None]
+    rewards, answers = rewards_but_refused(client, request, most=2)
+    assert rewards == [1.0, 2.0, None, 4.0, 1.0, 6.0, None] and answers.keys() == {2, 6} and f"HTTP {status}" in answers[6]
     with pytest.raises(RefusedError) as refused:
         rewards_but_refused(client, request, most=1)
     assert refused.value.index == 6
@@ -68,11 +69,12 @@ def test_other_errors_are_no_refusals():
 
 
 def test_the_limit_is_the_whole_runs():
-    refusals = Refusals(3)
-    refusals.take(2)
+    refusals, row = Refusals(3), {"index": 4, "prompt": "p", "response": "r", "answer": "no", "kind": "response"}
+    refusals.take([row] * 2)
     assert refusals.left == 1
-    with pytest.raises(RewardError, match="refused 4 responses of this run; --skip-refused is 3"):
-        refusals.take(2)
+    with pytest.raises(RefusedRowError, match="prompt 10, 'p', response 'r': no"):
+        refusals.take([row, {**row, "index": 9}])
+    assert refusals.total == 2, "what was not left out is not counted"
 
 
 def run_flags(small, port, *more):
@@ -85,7 +87,7 @@ def test_by_default_it_ends_the_run_which_names_step_prompt_and_response_and_kee
     flags = run_flags(small, start(after=8).port, "--max-steps", "30", "--log-dir", tmp_path / "run")
     out = train_here(*flags)
     last = out.stdout.strip().splitlines()[-1]
-    row = json.loads((tmp_path / "run/refused.jsonl").read_text())
+    (row,) = [json.loads(line) for line in (tmp_path / "run/refused.jsonl").read_text().splitlines()]
     done = len(metrics(tmp_path / "run"))
     assert out.returncode == 1 and done >= 2 and row["step"] == done + 1 and "pizza" in row["response"], out.stdout
     assert last.startswith(f"train.py: step {done + 1}: prompt ") and "--skip-refused N" in last and "refused.jsonl" in last
@@ -115,6 +117,8 @@ def test_refused_rows_are_left_out_as_dropped_ones_are_and_are_counted_over_all_
     lines = metrics(tmp_path / "run")
     state = json.loads((tmp_path / "run/checkpoints/step-000004/state.json").read_text())
     assert lines[-1]["refused"] == state["refused"] == refused >= 3
+    told = [json.loads(line) for line in (tmp_path / "run/refused.jsonl").read_text().splitlines()]
+    assert len(told) == refused and all("pizza" in row["response"] and "HTTP 500" in row["answer"] for row in told)
     kept = [r for row in rows if row["step"] == 4 for r in row["reward"] if r is not None]
     assert lines[-1]["reward"] == pytest.approx(sum(kept) / len(kept))
     fields = ("reward", "grad_norm", "refused", "loss")
@@ -124,7 +128,41 @@ def test_refused_rows_are_left_out_as_dropped_ones_are_and_are_counted_over_all_
 def test_validation_and_greedy_responses_are_never_left_out(small, start, tmp_path):
     flags = run_flags(small, start().port, "--skip-refused", "99", "--val-data", small / "train.jsonl", "--log-dir", tmp_path / "a")
     out = train_here(*flags, "--max-steps", 2)
-    assert out.returncode == 1 and "step 1: prompt" in out.stdout and not metrics(tmp_path / "a"), "the validation before it"
+    last = out.stdout.strip().splitlines()[-1]
+    assert out.returncode == 1 and "the validation after step 0: prompt" in last and not metrics(tmp_path / "a")
+    assert "validation response '" in last and "cannot be left out" in last and "--skip-refused" not in last
+
+    def refuse_greedy(request, connection):
+        texts = request["completions"]
+        good = {"rewards": [float(len(t)) for t in texts], "id": request["id"]}
+        return reply({"index": 3}, 422) if len(texts) == 6 else reply(good)  # one a prompt
+
+    server = BadServer(refuse_greedy, info={**INFO, "max_texts": 99})
+    out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--baseline", "remax", "--log-dir", tmp_path / "b"))
+    server.close()
+    last = out.stdout.strip().splitlines()[-1]
+    assert out.returncode == 1 and "greedy response '" in last and "cannot be left out" in last
+
+
+def test_refused_rows_of_a_step_that_does_not_finish_are_not_counted(small, tmp_path):
+    """Its rows are drawn again when the run goes on, and would be counted twice."""
+    state = {"calls": 0}
+
+    def answer(request, connection):
+        state["calls"] += 1
+        texts = request["completions"]
+        if state["calls"] > 2 and len(texts) > 1:
+            return reply({"index": 0}, 422)
+        if state["calls"] > 6:
+            return reply({"rewards": []})
+        return reply({"rewards": [float(len(t)) for t in texts], "id": request["id"]})
+
+    server = BadServer(answer, info={**INFO, "max_texts": 99})
+    out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--log-dir", tmp_path / "run"))
+    server.close()
+    assert out.returncode == 1, out.stdout
+    (last,) = (tmp_path / "run/checkpoints").iterdir()
+    assert json.loads((last / "state.json").read_text())["refused"] == metrics(tmp_path / "run")[-1]["refused"]
 
 
 @pytest.mark.parametrize("wrong", [{"rewards": [1.0]}, {"rewards": "many"}, {"rewards": [float("nan")]}])

@@ -534,7 +534,17 @@ def test_runs_latest_moves_once_the_models_have_passed_and_only_for_folders_in_r
     assert (tmp_path / "runs/latest").readlink() == Path("c")
 
 
-TODAY = "{% for m in messages %}on {{ strftime_now('%d') }} : {{ m.content }} {% endfor %}"
+def test_a_run_that_began_with_other_defaults_goes_on_with_its_own(six, tmp_path):
+    """What the toy's defaults were for any policy is a language model's now; the same command is the same run."""
+    flags, _ = six
+    i = flags.index("--max-new-tokens")
+    bare = [*flags[:i], *flags[i + 2 :]]
+    go(flags, tmp_path / "run", 2)
+    assert "responses of at most 8 tokens" in go(bare, tmp_path / "run", 3)
+    assert "max_new_tokens was 8, is 9" in go([*bare, "--max-new-tokens", "9"], tmp_path / "run", 4, code=2)
+
+
+TODAY = "{% for m in messages %}on {{ strftime_now(format='%d') }} : {{ m.content }} {% endfor %}"
 
 
 def test_a_chat_template_that_prints_the_day_gives_the_same_prompts_when_the_run_goes_on_tomorrow(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reinforce import device as devices
 from reinforce.logprobs import Scorer
-from reinforce.refused import Refusals, RefusedRowError, rewards_but_refused
+from reinforce.refused import SAMPLED, VALIDATION, Refusals, RefusedRowError, Row, rewards_but_refused
 from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rollout import Batch, Rollout, micro_batches
 from reinforce.run import distributed
@@ -83,33 +83,37 @@ class Actor:
         with devices.autocast(self.device, self.bf16):
             return sample_in_batches(self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device)
 
-    def reward(self, prompts: Sequence[Prompt], rollout: Rollout, may_refuse: bool = False) -> Tensor:
+    def reward(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Tensor:
         """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along.
 
-        With `may_refuse` a row that the server refuses is NaN, as often in a run as --skip-refused allows.
+        A sampled row that the server refuses is NaN, as often in a run as --skip-refused allows.
         """
+        most = self.refusals.left if kind == SAMPLED else 0
         with self.clock("reward"):
-            most = self.refusals.left if may_refuse else 0
-            reward = distributed.together(lambda: self.ask(prompts, rollout, most))
+            reward, refused = distributed.together(lambda: self.ask(prompts, rollout, kind, most))
             if most:
-                self.refusals.take(sum(distributed.gather([int(reward.isnan().sum())])))
+                self.refusals.take([row for rows in distributed.gather([refused]) for row in rows])
         return reward
 
-    def ask(self, prompts: Sequence[Prompt], rollout: Rollout, most: int = 0) -> Tensor:
-        """`reward` of one rank alone; at most so many rows are NaN. Raises RefusedRowError where one more is refused."""
-        reward = torch.empty(len(rollout.finished), dtype=torch.float64)  # (B,)
+    def ask(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0) -> tuple[Tensor, list[Row]]:
+        """`reward` of one rank alone, and the rows that are NaN; raises RefusedRowError where more than `most` are refused."""
+        reward, refused = torch.empty(len(rollout.finished), dtype=torch.float64), list[Row]()  # (B,)
+
+        def row(b: int, response: str, answer: str) -> Row:
+            prompt = prompts[b * len(prompts) // len(reward)]
+            return {"index": prompt.index, "prompt": prompt.text, "response": response, "answer": answer, "kind": kind}
+
         for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query"):
+            said = request["completions"]
             try:
-                values = rewards_but_refused(self.client, request, most)
+                values, answers = rewards_but_refused(self.client, request, most - len(refused))
             except RefusedError as error:
                 if error.index is None:
                     raise
-                b = rows[error.index]
-                prompt = prompts[b * len(prompts) // len(reward)]
-                raise RefusedRowError(str(error), prompt.index, prompt.text, request["completions"][error.index]) from error
-            most -= values.count(None)
+                raise RefusedRowError(row(rows[error.index], said[error.index], str(error))) from error
+            refused += [row(rows[i], said[i], answer) for i, answer in answers.items()]
             reward[rows] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
-        return reward
+        return reward, refused
 
     def reference_logp(self, rollout: Rollout) -> Tensor | None:
         """log pi_ref of every response token, (B, T) float32, 0 outside the mask; None if beta = 0."""

@@ -2,7 +2,7 @@
 
     model*.safetensors, config.json, tokenizer   the float32 weights, whole whatever the ranks and the wrapping, tied ones once
     training/optimizer.safetensors               AdamW's two averages and step of each parameter, by the parameter's name
-    state.json                                   step, validation reward, the moving average of --baseline ema
+    state.json                                   step, validation reward, state of the baseline, precision, refused responses
     manifest.json                                size and sha256 of all of these
 
 Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep. It is written beside

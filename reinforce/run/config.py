@@ -54,7 +54,7 @@ class TrainConfig:
     rm_wait: float = flag(0.0, "reward server", "seconds to wait for it at the start; 0: one try")
     rm_format: str = flag("auto", "reward server", "what it is sent: messages for message prompts, else text; query: always text",
                           choices=("auto", "query"))  # fmt: skip
-    skip_refused: int = flag(0, "reward server", "responses of a run that the server may refuse and that are left out (biased)")
+    skip_refused: int = flag(0, "reward server", "sampled responses of a run that the server may refuse: left out (biased)")
     rm_fingerprint: str | None = flag(None, "reward server", "sha256 that its /info must show (default: trust the first answer)")
 
     baseline: str = flag("rloo", "objective", f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "

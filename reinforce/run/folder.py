@@ -87,7 +87,8 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
 def point_latest(folder: Path) -> None:
     """Let runs/latest point to a run folder, if it lies in ./runs."""
     runs = Path("runs")
-    if folder.resolve().parent == runs.resolve() and folder.name != "latest":
+    copied = (runs / "latest").is_dir() and not (runs / "latest").is_symlink()  # a copy that followed the link
+    if folder.resolve().parent == runs.resolve() and folder.name != "latest" and not copied:
         partial = runs / f".latest-{os.getpid()}"
         partial.symlink_to(folder.name)
         partial.replace(runs / "latest")

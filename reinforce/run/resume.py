@@ -19,9 +19,9 @@ from typing import Any
 
 from reinforce.errors import ConfigError
 from reinforce.run import checkpoint
-from reinforce.run.config import TrainConfig
+from reinforce.run.config import LANGUAGE_MODEL, TrainConfig
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl")
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl", "refused.jsonl")
 SOFT = frozenset((  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
     "preset", "policy", "train_data", "val_data", "skip_bad_lines", "rm_host", "rm_port", "rm_wait", "rm_fingerprint",
     "skip_refused",
@@ -40,6 +40,7 @@ class Start:
     baseline: Any = None  # the state of a baseline that has one
     bf16: bool | None = None  # the precision so far; None: no step yet
     date: str | None = None  # the day that chat templates print; None: a run that began without one
+    began_with: tuple[tuple[str, Any], ...] = ()  # what this run was filled with where no flag was given
     refused: int = 0  # responses that the reward server refused and that were left out
 
 
@@ -57,15 +58,15 @@ def plan(run: Path | None, how: str) -> Start:
         raise ConfigError(f"--log-dir {run} holds another run, and --resume is never; give an empty or new folder")
     if not (run / "identity.json").exists():
         raise ConfigError(f"--log-dir {run} holds another run, without identity.json; give an empty or new folder")
-    date = date_of(run)
+    date, began_with = date_of(run), filled_of(run)
     folder = checkpoint.newest(run)
     if folder is None:
         if how == "must":
             raise ConfigError(f"--resume must: the run in --log-dir {run} has no checkpoint yet")
-        return Start(date=date)
+        return Start(date=date, began_with=began_with)
     state = checkpoint.state(folder)
     baseline = state.get("baseline", state.get("ema"))
-    return Start(state["step"], folder, baseline, state.get("bf16"), date, state.get("refused", 0))
+    return Start(state["step"], folder, baseline, state.get("bf16"), date, began_with, state.get("refused", 0))
 
 
 def date_of(run: Path) -> str | None:
@@ -75,6 +76,15 @@ def date_of(run: Path) -> str | None:
         return datetime.date.fromisoformat(date).isoformat()
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def filled_of(run: Path) -> tuple[tuple[str, Any], ...]:
+    """The run's own values of flags whose defaults depend on what is trained: other defaults today make it no other run."""
+    try:
+        found = json.loads((run / "identity.json").read_text())
+        return tuple((name, found[name]) for name in LANGUAGE_MODEL if found.get(name) is not None)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ()
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:

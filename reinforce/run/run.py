@@ -20,7 +20,8 @@ from reinforce import optim
 from reinforce.baselines import Baseline
 from reinforce.data.prompts import Data
 from reinforce.errors import FailedError, RetryError
-from reinforce.refused import RefusedRowError
+from reinforce.own_baseline import OwnBaselineError
+from reinforce.refused import SAMPLED, VALIDATION, RefusedRowError
 from reinforce.rm_connection import RewardError
 from reinforce.run import checkpoint, distributed
 from reinforce.run.actor import Actor
@@ -44,6 +45,7 @@ class Run:
         self._total = data.total_steps(self._config.max_steps, self._config.max_epochs)
         self._done = self._saved = start.step  # finished steps, and those that the last checkpoint has
         self._stopped: str | None = None
+        self._refused = start.refused  # responses that finished steps have left out
         limit = self._config.max_time_per_run
         stop.limit = None if limit is None else seconds(limit)
         actor.refusals.total = start.refused
@@ -61,14 +63,14 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Save what is finished if the reward server ended the block; raise a RetryError if the run was stopped early."""
-        if isinstance(error, (RetryError, RewardError)):  # on all ranks, out of `together`
+        if isinstance(error, (RetryError, RewardError, OwnBaselineError)):  # on all ranks alike, before any update of its step
             self._save()
         if isinstance(error, RefusedRowError):
             self._recorder.write_refused(self._done + 1, error.row)
-            raise FailedError(
-                f"step {self._done + 1}: {error}; the whole row is in {self._folder}/refused.jsonl, "
-                "and --skip-refused N leaves so many out"
-            ) from error
+            where = f"the validation after step {self._done}" if error.row["kind"] == VALIDATION else f"step {self._done + 1}"
+            sampled = error.row["kind"] == SAMPLED
+            cure = "--skip-refused N leaves so many out" if sampled else "it cannot be left out: mend the server"
+            raise FailedError(f"{where}: {error}; the whole row is in {self._folder}/refused.jsonl, and {cure}") from error
         if error is None:
             self._end()
 
@@ -145,6 +147,10 @@ class Run:
             "prompts_seen": self._data.prompts_seen(made.number),
             "epoch": self._data.epoch(made.number),
         }
+        for row in self._actor.refusals.rows:
+            self._recorder.write_refused(made.number + 1, row)
+        self._actor.refusals.rows.clear()
+        self._refused = self._actor.refusals.total
         self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
         self._done = made.number + 1
         self._stopped = next((reason for reason in distributed.gather([self._stop.reason]) if reason), None)
@@ -209,7 +215,7 @@ class Run:
             "val_reward": self._val_reward,
             "baseline": self._baseline.state,
             "bf16": self._actor.bf16,
-            "refused": self._actor.refusals.total,
+            "refused": self._refused,
         }
         model, tokenizer = self._actor.model, self._actor.tokenizer
         checkpoint.save(self._folder, self._done, model, self._optimizer, tokenizer, state, self._config.save_top_k)

@@ -17,7 +17,7 @@ def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
         if not own:
             return []
         rollout = actor.respond(own, 1, STEP, actor.validation, actor.config.val_rollout_micro_batch_size)
-        reward = actor.ask(own, rollout)
+        reward, _ = actor.ask(own, rollout)
         return make_groups(actor.tokenizer, own, rollout, Judged(reward, None, reward))
 
     with distributed.gathered(actor.policy):
