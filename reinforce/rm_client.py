@@ -62,6 +62,7 @@ class RewardClient:
         self._connection = Connection(host, port, token, self._check_same_model)
         self.stopped: Callable[[], bool] = lambda: False  # once it is true, no request is tried again
         self._info: ServerInfo | None = None
+        self._max_body = ServerInfo.max_body
         self._requests = 0
 
     @property
@@ -78,6 +79,7 @@ class RewardClient:
         while True:
             try:
                 self._info = self._handshake()
+                self._max_body = self._info.max_body
                 self._connection.trust()
                 return self._info
             except ForeignServiceError as error:
@@ -120,7 +122,7 @@ class RewardClient:
 
     def _split(self, columns: dict[str, list[Any]], start: int) -> list[float]:
         """Rewards of a part of a request, whose first text has the number `start`, in requests as long as the server takes."""
-        count, most = len(next(iter(columns.values()))), (self._info or ServerInfo()).max_body
+        count, most = len(next(iter(columns.values()))), self._max_body
         size = len(json.dumps(columns)) + 100  # and an id
         if size > most and count == 1:
             raise RefusedError(f"a request of {size} bytes, and {self.url} takes {most}", start)
