@@ -99,6 +99,22 @@ def flags(small, server_port):
     return small_flags(small, server_port)
 
 
+@pytest.fixture
+def server():
+    """Scripted reward servers, closed when the test has ended."""
+    from test_client import BadServer
+
+    made = []
+
+    def make(*answers, **how):
+        made.append(BadServer(*answers, **how))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 def environment(**extra):
     """The environment of a script under test: no proxies, no hub, and one thread so that runs repeat."""
     kept = {k: v for k, v in os.environ.items() if k.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "RM_TOKEN", "RM_TOKEN_FILE")}

@@ -203,17 +203,13 @@ def test_a_hub_id_says_what_it_is_trying_before_it_waits(capsys, monkeypatch):
     assert "asking the Hugging Face hub" in capsys.readouterr().err
 
 
+def served(small, port):
+    """The small policy and prompts, and a server that is there."""
+    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port]
+
+
 def test_a_context_too_short_for_the_response_is_refused(small, server_port):
-    flags = [
-        "--policy",
-        small / "policy",
-        "--train-data",
-        small / "train.jsonl",
-        "--rm-host",
-        "127.0.0.1",
-        "--rm-port",
-        server_port,
-    ]
+    flags = served(small, server_port)
     assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
     assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2", "--max-new-tokens", "8")
 
@@ -250,16 +246,7 @@ def test_a_tokenizer_with_neither_pad_nor_end_token_is_refused_though_the_genera
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(small, tmp_path, server_port):
-    words = [
-        "--policy",
-        small / "policy",
-        "--train-data",
-        small / "train.jsonl",
-        "--rm-host",
-        "127.0.0.1",
-        "--rm-port",
-        server_port,
-    ]
+    words = served(small, server_port)
     (tmp_path / "file").write_text("")
     assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", tmp_path / "file")
     assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", "/proc/nowhere/run")

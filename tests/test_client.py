@@ -64,19 +64,6 @@ class BadServer:
         self.socket.close()
 
 
-@pytest.fixture
-def server():
-    made = []
-
-    def make(*answers, **how):
-        made.append(BadServer(*answers, **how))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 def client(server, **how):
     return RewardClient("127.0.0.1", server.port, **{"timeout": 1.0, "deadline": 3.0, **how})
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_client import INFO, BadServer, client, good, reply
+from test_client import INFO, client, good, reply
 from test_server import serving
 
 from reinforce.errors import ConfigError
@@ -17,19 +17,6 @@ from reinforce.rm_connection import RewardError, read_token
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.handler import RewardServer
 from reinforce.serving.reward import numbers_of
-
-
-@pytest.fixture
-def server():
-    made = []
-
-    def make(*answers, **how):
-        made.append(BadServer(*answers, **how))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @pytest.fixture
@@ -179,9 +166,8 @@ def test_a_reconnect_whose_info_is_busy_once_is_checked_again(server):
     s = server(good, cut, good)
     c = client(s, deadline=10)
     assert c.rewards(query=["a"]) == [1.0]
-    answers = iter([reply({}, 503), {**INFO, "fingerprint": "0" * 64}])
     s.info = reply({}, 503)
-    threading.Timer(0.6, lambda: setattr(s, "info", list(answers)[1])).start()
+    threading.Timer(0.6, lambda: setattr(s, "info", {**INFO, "fingerprint": "0" * 64})).start()
     with pytest.raises(RewardError, match="another model"):
         c.rewards(query=["a"])
 

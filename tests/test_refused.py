@@ -13,7 +13,7 @@ from reinforce.rm_connection import RewardError
 
 
 def refusing(status=422, indexed=True, word="pizza", after=0):
-    """A server whose reward is a text's length, and that refuses responses (not prompts) with a word in them."""
+    """The answer of a server whose reward is a text's length, and that refuses responses (not prompts) with a word in them."""
     seen = []
 
     def answer(request, connection):
@@ -24,20 +24,12 @@ def refusing(status=422, indexed=True, word="pizza", after=0):
             return reply({"error": "bad_text", "index": bad[0] if indexed else None}, status)
         return reply({"rewards": [float(len(t)) for t in texts], "id": request["id"]})
 
-    return BadServer(answer, info={**INFO, "max_texts": 5})
+    return answer
 
 
 @pytest.fixture
-def start():
-    made = []
-
-    def make(*args, **how):
-        made.append(refusing(*args, **how))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def start(server):
+    return lambda *args, **how: server(refusing(*args, **how), info={**INFO, "max_texts": 5})
 
 
 @pytest.mark.parametrize("indexed", [True, False])
