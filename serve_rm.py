@@ -44,16 +44,25 @@ def serve(config: ServeConfig) -> int:
     parent = os.getppid()
     token = read_token()
     if token is None and not is_loopback(config.host):
-        raise ConfigError(f"--host {config.host} can be reached by others: set RM_TOKEN or RM_TOKEN_FILE, or take 127.0.0.1")
+        raise ConfigError(
+            f"--host {config.host} can be reached by others: set RM_TOKEN or RM_TOKEN_FILE, or take 127.0.0.1"
+        )
     try:
         server = RewardServer((config.host, config.port))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise ConfigError(f"--host {config.host} --port {config.port}: {error.strerror}") from error
-        print(f"serve_rm.py: --host {config.host} --port {config.port}: {error.strerror}", file=sys.stderr)
+            raise ConfigError(
+                f"--host {config.host} --port {config.port}: {error.strerror}"
+            ) from error
+        print(
+            f"serve_rm.py: --host {config.host} --port {config.port}: {error.strerror}",
+            file=sys.stderr,
+        )
         return 1
     server.token = token
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()  # 503 until warm
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()  # 503 until warm
     try:
         if config.reward_model is None and config.reward_fn is None:
             from recipes import toy

@@ -87,9 +87,12 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         judged_greedy = judge(actor, prompts, greedy, GREEDY) if greedy else None
 
         # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
-        own_valid = counted(rollout.finished, judged.reward.to(actor.device), config.truncated)  # (B,), this rank's
+        own_valid = counted(
+            rollout.finished, judged.reward.to(actor.device), config.truncated
+        )  # (B,), this rank's
         R, valid, length = (  # noqa: N806
-            distributed.gather_rows(column.view(len(prompts), -1)) for column in (judged.objective, own_valid, rollout.length)
+            distributed.gather_rows(column.view(len(prompts), -1))
+            for column in (judged.objective, own_valid, rollout.length)
         )  # (P, K) each
         greedy_R = distributed.gather_rows(judged_greedy.objective) if judged_greedy else None  # noqa: N806  (P,)
         advantage = baseline(R, valid, greedy_R)  # (P, K)
@@ -123,7 +126,9 @@ def start(life: exits.Life) -> None:
     begun = setup.begin(given)
     config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)
-    life.folder, identity = setup.open_run_folder(inputs, "toy" if given.policy is None else Path(given.policy).name)
+    life.folder, identity = setup.open_run_folder(
+        inputs, "toy" if given.policy is None else Path(given.policy).name
+    )
     actor = setup.load(inputs)
     setup.begin_run(life.folder, identity)
     with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:

@@ -119,8 +119,20 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what else a family needs to be this sm
         "linear_value_head_dim": 8,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
     "zamba2": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -189,8 +201,12 @@ def tiny(family: str) -> Any:
     """A random model of a family, small, in float32, as train.py would load it; NAME:VARIANT has settings of its own."""
     kind = family.partition(":")[0]
     config = AutoConfig.for_model(kind)
-    values = {name: value for name, value in SIZES.items() if hasattr(config, name)} | SPECIAL.get(family, {})
-    config = AutoConfig.for_model(kind, **{name: value for name, value in values.items() if value is not None})
+    values = {name: value for name, value in SIZES.items() if hasattr(config, name)} | SPECIAL.get(
+        family, {}
+    )
+    config = AutoConfig.for_model(
+        kind, **{name: value for name, value in values.items() if value is not None}
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return give_float32_logits(without_dropout(model))
@@ -202,8 +218,13 @@ def step(model: Any, plain: bool, prompts: list[list[int]], checkpointing: bool)
         checkpoint_blocks(model)
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1)
     how = Sampling(max_new_tokens=8, end_ids=(2,), pad_id=0)
-    out = sample(model, prompts, [row_seed(0, 0, i, k) for i in range(len(prompts)) for k in range(4)], how)
-    rows, reward = (out.prompt, out.prompt_mask, out.response, out.mask), out.response.double().mean(1).view(-1, 4)  # (P, K)
+    out = sample(
+        model, prompts, [row_seed(0, 0, i, k) for i in range(len(prompts)) for k in range(4)], how
+    )
+    rows, reward = (
+        (out.prompt, out.prompt_mask, out.response, out.mask),
+        out.response.double().mean(1).view(-1, 4),
+    )  # (P, K)
     scorer = Scorer(model, plain)
     before = scorer(*rows)  # (B, T)
     reinforce_loss(before, rloo(reward).flatten().float(), out.mask, len(before)).backward()
@@ -219,7 +240,9 @@ def row(family: str) -> str:
     try:
         model = tiny(family)
     except Exception as error:
-        return f"| {family} | – | – | – | – | not built: {str(error).strip().splitlines()[0][:90]} |"
+        return (
+            f"| {family} | – | – | – | – | not built: {str(error).strip().splitlines()[0][:90]} |"
+        )
     checkpointing = bool(blocks(model))
     try:
         verdict = guard.inspect(model, prompts, [2], 0, checkpointing, family)
@@ -235,12 +258,22 @@ def row(family: str) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all that are listed in the script")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help="default: all that are listed in the script"
+    )
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}; nats a token, float32\n")
-    print("| family | sampler − scorer | neighbours | plain head | checkpointing | verdict |", "|" + "---|" * 6, sep="\n")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}; nats a token, float32\n"
+    )
+    print(
+        "| family | sampler − scorer | neighbours | plain head | checkpointing | verdict |",
+        "|" + "---|" * 6,
+        sep="\n",
+    )
     for family in parser.parse_args().families or FAMILIES:
         print(row(family), flush=True)
 

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with threads of its own would hang
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # a fork of a process with threads of its own would hang
 
 import matplotlib.pyplot  # noqa: F401  a life draws its curves at the end; and like PyTorch it is slow to import
 
@@ -47,10 +49,25 @@ def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> lis
     if not prompts.exists():
         lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:14]
         prompts.write_text("".join(lines))
-    values = {"policy": folder / "policy", "train-data": prompts, "val-data": prompts, "rm-host": address[0], "rm-port": address[1],
-              "baseline": baseline, "num-rollout-samples": 5, "num-rollouts-per-prompt": 2, "max-new-tokens": 12, "lr": 0.01,
-              "max-epochs": 9, "max-steps": STEPS, "val-check-interval": 3, "save-interval": 1, "save-top-k": 1, "device": "cpu",
-              "log-dir": run}  # fmt: skip
+    values = {
+        "policy": folder / "policy",
+        "train-data": prompts,
+        "val-data": prompts,
+        "rm-host": address[0],
+        "rm-port": address[1],
+        "baseline": baseline,
+        "num-rollout-samples": 5,
+        "num-rollouts-per-prompt": 2,
+        "max-new-tokens": 12,
+        "lr": 0.01,
+        "max-epochs": 9,
+        "max-steps": STEPS,
+        "val-check-interval": 3,
+        "save-interval": 1,
+        "save-top-k": 1,
+        "device": "cpu",
+        "log-dir": run,
+    }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
@@ -91,7 +108,11 @@ def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: Non
         log = os.open(f"{words[-1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         sys.argv = ["train.py", *words]
         prepare()
@@ -133,9 +154,16 @@ def buried(pids: list[int], patience: float) -> list[int]:
 def digest(run: Path) -> str:
     """Of all that must be the same: weights, optimizer, and the logs without times."""
     last = sorted(run.glob("checkpoints/step-*"))[-1]
-    parts = [last.name.encode(), *((last / name).read_bytes() for name in ("model.safetensors", checkpoint.OPTIMIZER))]
+    parts = [
+        last.name.encode(),
+        *((last / name).read_bytes() for name in ("model.safetensors", checkpoint.OPTIMIZER)),
+    ]
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        kept = {k: v for k, v in json.loads(line).items() if not k.startswith("time_") and k != "tokens_per_s"}
+        kept = {
+            k: v
+            for k, v in json.loads(line).items()
+            if not k.startswith("time_") and k != "tokens_per_s"
+        }
         parts.append(json.dumps(kept).encode())
     parts += [(run / f"{name}.jsonl").read_bytes() for name in ("rollouts", "validation")]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()
@@ -157,7 +185,9 @@ class Tally:
         start = time.monotonic()
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes):
-            sys.exit(f"the undisturbed run ended with {codes}: {Path(f'{run}.log').read_text()[-2000:]}")
+            sys.exit(
+                f"the undisturbed run ended with {codes}: {Path(f'{run}.log').read_text()[-2000:]}"
+            )
         self.seconds, self.right[baseline] = time.monotonic() - start, digest(run)
 
     def finish(self, run: Path, baseline: str) -> None:
@@ -165,7 +195,9 @@ class Tally:
         self.runs += 1
         log, newest = Path(f"{run}.log"), checkpoint.newest(run)
         log.unlink(missing_ok=True)
-        expected = "" if newest is None else f"going on after step {checkpoint.state(newest)['step']} of"
+        expected = (
+            "" if newest is None else f"going on after step {checkpoint.state(newest)['step']} of"
+        )
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes) or expected not in log.read_text():
             self.lost += 1
@@ -194,7 +226,10 @@ class Tally:
                 self.early += not list(run.glob("checkpoints/step-*"))
             self.finish(run, baseline)
             print(
-                f"\r{self.kills} kills, {self.runs} runs, {self.lost} lost, {self.wrong} wrong", end="", file=sys.stderr, flush=True
+                f"\r{self.kills} kills, {self.runs} runs, {self.lost} lost, {self.wrong} wrong",
+                end="",
+                file=sys.stderr,
+                flush=True,
             )
         print(file=sys.stderr)
 
@@ -209,7 +244,14 @@ class Tally:
         for at in range(1, total + 1, stride):
             for after in (False, True):
                 run = self.place / f"at-{at}-{after}"
-                codes = buried(born(flags(run, baseline, self.address, 1), 1, lambda at=at, after=after: deadly(at, after)), 300)
+                codes = buried(
+                    born(
+                        flags(run, baseline, self.address, 1),
+                        1,
+                        lambda at=at, after=after: deadly(at, after),
+                    ),
+                    300,
+                )
                 self.kills += codes == [-9]
                 self.finish(run, baseline)
         print(f"{total} events of fsync and rename in three steps")
@@ -217,11 +259,27 @@ class Tally:
 
 def main() -> None:
     """Serve the toy's reward, kill, tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, nargs="+", default=[200], help="at random instants, for each of --ranks")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes of a run, of which one is killed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        nargs="+",
+        default=[200],
+        help="at random instants, for each of --ranks",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="processes of a run, of which one is killed",
+    )
     parser.add_argument("--exact", action="store_true", help="at each fsync and rename instead")
-    parser.add_argument("--stride", type=int, default=1, help="with --exact: only every so many-th of them")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="with --exact: only every so many-th of them"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
     wrong = False
@@ -236,9 +294,16 @@ def main() -> None:
                     tally.exact_kills(BASELINES[0], args.stride)
                 else:
                     tally.random_kills(kills, random.Random(args.seed))
-            told = {"kills": tally.kills, "before the first checkpoint": tally.early, "runs": tally.runs, "lost": tally.lost,
-                    "wrong": tally.wrong, "ranks that outlived another by more than a minute": tally.orphans, "ranks": ranks,
-                    "seconds": round(time.monotonic() - start)}  # fmt: skip
+            told = {
+                "kills": tally.kills,
+                "before the first checkpoint": tally.early,
+                "runs": tally.runs,
+                "lost": tally.lost,
+                "wrong": tally.wrong,
+                "ranks that outlived another by more than a minute": tally.orphans,
+                "ranks": ranks,
+                "seconds": round(time.monotonic() - start),
+            }
             for name, value in told.items():
                 print(f"{name:<52}{value:>6}")
             print(json.dumps(told), flush=True)

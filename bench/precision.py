@@ -46,15 +46,26 @@ def rates(shapes: list[tuple[int, int]], device: torch.device, repeats: int) -> 
     for h, v in shapes:
         works: dict[str, Callable[[], Tensor]] = {}
         for kind in (torch.float32, torch.bfloat16):
-            states, weight = torch.randn(ROWS, h, device=device, dtype=kind), torch.randn(v, h, device=device, dtype=kind)
-            works[str(kind)] = lambda states=states, weight=weight: nn.functional.linear(states, weight)  # type: ignore[misc]
+            states, weight = (
+                torch.randn(ROWS, h, device=device, dtype=kind),
+                torch.randn(v, h, device=device, dtype=kind),
+            )
+            works[str(kind)] = lambda states=states, weight=weight: nn.functional.linear(
+                states, weight
+            )  # type: ignore[misc]
         found = seconds(works, repeats)
-        print(f"  {h:>5} -> {v:<6}" + " " * 18 + "".join(f"{2 * ROWS * h * v / t / 1e9:9.0f}" for t in found.values()))
+        print(
+            f"  {h:>5} -> {v:<6}"
+            + " " * 18
+            + "".join(f"{2 * ROWS * h * v / t / 1e9:9.0f}" for t in found.values())
+        )
 
 
 def main() -> None:
     """Print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", required=True, help="folder of a causal language model")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
@@ -65,20 +76,33 @@ def main() -> None:
     model = load_policy(args.policy, tokenizer, device)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     h, v = config.hidden_size, config.vocab_size
-    rates([(h, h), (h, config.intermediate_size), (config.intermediate_size, h), (h, v)], device, args.repeats)
+    rates(
+        [(h, h), (h, config.intermediate_size), (config.intermediate_size, h), (h, v)],
+        device,
+        args.repeats,
+    )
     size = sum(w.numel() for w in model.parameters())
     print(f"--precision auto: {'bf16' if devices.use_bf16('auto', device, size) else 'fp32'}\n")
 
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     forwards = {"float32 head": head.forward, "bfloat16 head": type(head).forward.__get__(head)}
     scorer = Scorer(model, plain=False)
-    prompts = [tokenizer(text)["input_ids"] for text in ("A ferry is", "Describe a lighthouse in one sentence.", "The sea", "Why")]
+    prompts = [
+        tokenizer(text)["input_ids"]
+        for text in ("A ferry is", "Describe a lighthouse in one sentence.", "The sea", "Why")
+    ]
     how = Sampling(48, (), tokenizer.pad_token_id)
     works, gaps = {}, {}
     for name, forward in forwards.items():
         head.forward = forward
         with devices.autocast(device, True):
-            out = sample(model, prompts, [row_seed(0, 0, i, k) for i in range(4) for k in range(4)], how, device)
+            out = sample(
+                model,
+                prompts,
+                [row_seed(0, 0, i, k) for i in range(4) for k in range(4)],
+                how,
+                device,
+            )
 
         def score(forward: Any = forward, out: Any = out) -> Tensor:
             head.forward = forward

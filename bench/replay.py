@@ -61,33 +61,50 @@ class Case:
     ranks: int = 1
     stop_after: int | None = None  # steps of a first part; the rest is a resume
     begun_before: bool = False  # that first part is BEFORE's on both sides
-    death: int | None = None  # the call in which the reward server dies; it is then started again for a resume
+    death: int | None = (
+        None  # the call in which the reward server dies; it is then started again for a resume
+    )
     evaluate: bool = False  # recipes/evaluate.py follows
 
 
 CASES = {
     "none": Case("--baseline none --truncated keep"),
-    "rloo": Case("--baseline rloo --warmup-steps 2 --min-lr 1e-4 --weight-decay 0.1", evaluate=True),
+    "rloo": Case(
+        "--baseline rloo --warmup-steps 2 --min-lr 1e-4 --weight-decay 0.1", evaluate=True
+    ),
     "ema": Case("--baseline ema --temperature 0.8 --val-temperature 0.5 --val-top-p 0.9"),
     "remax": Case("--baseline remax --min-new-tokens 3 --micro-batch-size 5"),
     "group-mean": Case("--baseline group-mean --initial-policy-kl-penalty 0 --end-strings . and"),
     "grpo": Case("--baseline grpo --loss-norm token --micro-batch-tokens 100"),
-    "several optimizer steps": Case("--preset nemo-aligner --global-batch-size 8 --lr 7e-3 --ratio-clip 0.05"),
+    "several optimizer steps": Case(
+        "--preset nemo-aligner --global-batch-size 8 --lr 7e-3 --ratio-clip 0.05"
+    ),
     "drop": Case("--truncated drop --max-new-tokens 7 --global-batch-size 4 --micro-batch-size 3"),
     "drop, remax": Case("--baseline remax --truncated drop --max-new-tokens 7 --loss-norm length"),
     "drop all": Case("--truncated drop --max-new-tokens 4 --min-new-tokens 3"),
-    "penalize": Case("--truncated penalize --missing-eos-penalty 0.5 --max-new-tokens 7 --kl abs --rollout-micro-batch-size 8"),
+    "penalize": Case(
+        "--truncated penalize --missing-eos-penalty 0.5 --max-new-tokens 7 --kl abs --rollout-micro-batch-size 8"
+    ),
     "one response a prompt": Case("--baseline remax --num-rollouts-per-prompt 1 --val-greedy"),
     "bf16": Case("--precision bf16 --gradient-checkpointing"),
     "not finite": Case("--lr 1e30"),
     "resume": Case("--baseline ema --save-interval 1", stop_after=2),
     "begun before": Case("--baseline ema --save-interval 1", stop_after=2, begun_before=True),
-    "server lost": Case("--baseline remax", death=5),  # two calls a step, and one validation before the first
+    "server lost": Case(
+        "--baseline remax", death=5
+    ),  # two calls a step, and one validation before the first
     "server lost in a validation": Case("", death=4),
-    "two ranks, ddp": Case("--baseline remax --truncated drop --max-new-tokens 9 --num-rollout-samples 7", ranks=2),
-    "two ranks, fsdp": Case("--parallel fsdp --num-rollout-samples 7 --global-batch-size 4 --gradient-checkpointing", ranks=2),
-    "two ranks, resume": Case("--parallel fsdp --baseline ema --num-rollout-samples 5", ranks=2, stop_after=2),
-}  # fmt: skip
+    "two ranks, ddp": Case(
+        "--baseline remax --truncated drop --max-new-tokens 9 --num-rollout-samples 7", ranks=2
+    ),
+    "two ranks, fsdp": Case(
+        "--parallel fsdp --num-rollout-samples 7 --global-batch-size 4 --gradient-checkpointing",
+        ranks=2,
+    ),
+    "two ranks, resume": Case(
+        "--parallel fsdp --baseline ema --num-rollout-samples 5", ranks=2, stop_after=2
+    ),
+}
 COMMON = (
     "--max-new-tokens 24 --num-rollout-samples 6 --max-steps 4 --val-check-interval 2 --save-top-k 9 --device cpu "
     "--precision fp32 --lr 2e-3"
@@ -111,9 +128,14 @@ def checkout(name: str) -> Iterator[Path]:
         yield Path(name).resolve()
         return
     with tempfile.TemporaryDirectory() as place:
-        with subprocess.Popen(["git", "-C", str(ROOT), "archive", name], stdout=subprocess.PIPE) as git:
+        with subprocess.Popen(
+            ["git", "-C", str(ROOT), "archive", name], stdout=subprocess.PIPE
+        ) as git:
             assert git.stdout is not None
-            with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=git.stdout, mode="r|") as archive:
+            with (
+                contextlib.suppress(tarfile.ReadError),
+                tarfile.open(fileobj=git.stdout, mode="r|") as archive,
+            ):
                 archive.extractall(place, filter="data")
         if git.returncode:
             sys.exit(f"bench/replay.py: {name} is neither a folder nor a revision of {ROOT}")
@@ -156,7 +178,12 @@ class Runner:
         """One thread in all of them, so that sums have one order and a fork has what it needs."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER], cwd=code, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", RUNNER],
+            cwd=code,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def _ask(self, job: dict[str, Any]) -> int:
@@ -168,7 +195,14 @@ class Runner:
     def start(self, module: str, words: list[Any], log: Path, **environment: Any) -> int:
         """Call `main` of a script with these words in a process of its own; its pid."""
         variables = {name: str(value) for name, value in environment.items()}
-        return self._ask({"module": module, "words": [module, *map(str, words)], "log": str(log), "environment": variables})
+        return self._ask(
+            {
+                "module": module,
+                "words": [module, *map(str, words)],
+                "log": str(log),
+                "environment": variables,
+            }
+        )
 
     def wait(self, pid: int) -> int:
         """Exit code of a process that `start` made, when it has ended."""
@@ -190,15 +224,45 @@ class Runner:
                 os.kill(pid, signal.SIGTERM)
             self.wait(pid)
 
-    def train(self, run: Path, case: Case, port: int, data: Path, steps: int | None = None, marker: Path | None = None) -> int:
+    def train(
+        self,
+        run: Path,
+        case: Case,
+        port: int,
+        data: Path,
+        steps: int | None = None,
+        marker: Path | None = None,
+    ) -> int:
         """The exit code of train.py, the first rank's; with `marker`, it gets SIGTERM once that file is there."""
-        words = [*COMMON.split(), *case.flags.split(), "--policy", data / "policy", "--train-data", data / "train.jsonl",
-                 "--val-data", data / "few.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port, "--log-dir", run,
-                 *([] if steps is None else ["--max-steps", steps])]  # fmt: skip
+        words = [
+            *COMMON.split(),
+            *case.flags.split(),
+            "--policy",
+            data / "policy",
+            "--train-data",
+            data / "train.jsonl",
+            "--val-data",
+            data / "few.jsonl",
+            "--rm-host",
+            "127.0.0.1",
+            "--rm-port",
+            port,
+            "--log-dir",
+            run,
+            *([] if steps is None else ["--max-steps", steps]),
+        ]
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1], "WORLD_SIZE": case.ranks}
-        ranks = [{**meeting, "RANK": r, "LOCAL_RANK": r} for r in range(case.ranks)] if case.ranks > 1 else [{}]
+            meeting = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": s.getsockname()[1],
+                "WORLD_SIZE": case.ranks,
+            }
+        ranks = (
+            [{**meeting, "RANK": r, "LOCAL_RANK": r} for r in range(case.ranks)]
+            if case.ranks > 1
+            else [{}]
+        )
         pids = [self.start("train", words, Path(f"{run}.log"), **rank) for rank in ranks]
         if marker is not None:
             until(marker.exists, "the reward server is gone")
@@ -245,9 +309,16 @@ def read(run: Path) -> Found:
     """The logs and checkpoints of a run folder."""
     lines: dict[str, list[str]] = {}
     for name in ("metrics.jsonl", *LOGS):
-        rows = [json.loads(line) for line in (run / name).read_text().splitlines()] if (run / name).exists() else []
+        rows = (
+            [json.loads(line) for line in (run / name).read_text().splitlines()]
+            if (run / name).exists()
+            else []
+        )
         if name == "metrics.jsonl":
-            rows = [{k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_s"} for row in rows]
+            rows = [
+                {k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_s"}
+                for row in rows
+            ]
         lines[name] = [json.dumps(row) for row in rows]
     states, tensors = {}, dict[str, tuple[str, bytes]]()
     for folder in sorted(run.glob("checkpoints/step-*")):
@@ -256,7 +327,10 @@ def read(run: Path) -> Found:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  it is no dictionary
                     value = file.get_tensor(name)
-                    tensors[f"{folder.name}/{path.name}/{name}"] = f"{value.dtype} {tuple(value.shape)}", value.numpy().tobytes()
+                    tensors[f"{folder.name}/{path.name}/{name}"] = (
+                        f"{value.dtype} {tuple(value.shape)}",
+                        value.numpy().tobytes(),
+                    )
     return Found(codes=[], lines=lines, states=states, tensors=tensors)
 
 
@@ -272,10 +346,19 @@ def differences(a: Found, b: Found) -> list[str]:
                 old, new = json.loads(line), json.loads(other)
                 if name.endswith("metrics.jsonl"):
                     new = {key: value for key, value in new.items() if key in old}
-                keys = [key for key in {**old, **new} if old.get(key) != new.get(key) or (key in old) != (key in new)]
+                keys = [
+                    key
+                    for key in {**old, **new}
+                    if old.get(key) != new.get(key) or (key in old) != (key in new)
+                ]
                 if not keys:
                     continue
-                told.append(f"{name}:{n}: " + ", ".join(f"{key} {old.get(key)!r}, then {new.get(key)!r}" for key in keys[:3])[:300])
+                told.append(
+                    f"{name}:{n}: "
+                    + ", ".join(
+                        f"{key} {old.get(key)!r}, then {new.get(key)!r}" for key in keys[:3]
+                    )[:300]
+                )
                 break
     for name in sorted({*a.states, *b.states}):
         old, new = a.states.get(name), b.states.get(name)
@@ -283,7 +366,9 @@ def differences(a: Found, b: Found) -> list[str]:
             told.append(f"{name}: only {'after' if old is None else 'before'}")
         else:
             told += [
-                f"{name}/state.json: {key} {old[key]!r}, then {new[key]!r}" for key in old if key in new and old[key] != new[key]
+                f"{name}/state.json: {key} {old[key]!r}, then {new[key]!r}"
+                for key in old
+                if key in new and old[key] != new[key]
             ]
     files = set()
     for name in sorted({*a.tensors, *b.tensors}):
@@ -296,23 +381,46 @@ def differences(a: Found, b: Found) -> list[str]:
 
 def prepare(code: Path, place: Path) -> Path:
     """The toy's policy and prompts, as one checkout makes them."""
-    made = subprocess.run([sys.executable, "recipes/toy.py"], cwd=code, check=True, capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "recipes/toy.py"], cwd=code, check=True, capture_output=True, text=True
+    )
     return with_few(Path(made.stdout.strip()), place / "data")
 
 
 def with_few(toy: Path, data: Path) -> Path:
     """A copy of the toy's folder with few.jsonl, nine prompts for validation."""
     shutil.copytree(toy, data)
-    (data / "few.jsonl").write_text("".join((data / "validation.jsonl").read_text().splitlines(keepends=True)[:9]))
+    (data / "few.jsonl").write_text(
+        "".join((data / "validation.jsonl").read_text().splitlines(keepends=True)[:9])
+    )
     return data
 
 
 def main() -> None:
     """Run every case on both checkouts, both at a time, and tell what differs; exit code 1 if anything does."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", metavar="BEFORE", help="folder of a checkout, or a git revision of this repository")
-    parser.add_argument("after", metavar="AFTER", nargs="?", default=str(ROOT), help="the same (default: this checkout)")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="CASE", help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "before",
+        metavar="BEFORE",
+        help="folder of a checkout, or a git revision of this repository",
+    )
+    parser.add_argument(
+        "after",
+        metavar="AFTER",
+        nargs="?",
+        default=str(ROOT),
+        help="the same (default: this checkout)",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=tuple(CASES),
+        default=tuple(CASES),
+        metavar="CASE",
+        help="default: all",
+    )
     args = parser.parse_args()
     changed = 0
     with contextlib.ExitStack() as stack:
@@ -329,15 +437,22 @@ def main() -> None:
                 with runners[0].server(place) as port:
                     runners[0].train(begun, case, port, data, case.stop_after)
             with ThreadPoolExecutor(2) as pool:
-                jobs = [pool.submit(replay, case, runner, place / side, data, begun)
-                        for runner, side in zip(runners, ("before", "after"), strict=True)]  # fmt: skip
+                jobs = [
+                    pool.submit(replay, case, runner, place / side, data, begun)
+                    for runner, side in zip(runners, ("before", "after"), strict=True)
+                ]
                 old, new = (job.result() for job in jobs)
             told = differences(old, new)
             if not any(old.lines.values()):
                 told.append(f"nothing to compare: {(place / 'before/run.log').read_text()[-500:]}")
             changed += bool(told)
             counts = f"codes {old.codes}, {sum(map(len, old.lines.values()))} lines, {len(old.tensors)} tensors"
-            print(f"{name:<28} {'DIFFERENT' if told else 'identical'}   ({counts})", *told, sep="\n    ", flush=True)
+            print(
+                f"{name:<28} {'DIFFERENT' if told else 'identical'}   ({counts})",
+                *told,
+                sep="\n    ",
+                flush=True,
+            )
     print(f"{len(args.cases)} cases, {changed} different")
     sys.exit(changed > 0)
 

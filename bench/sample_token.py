@@ -39,7 +39,16 @@ def main() -> None:
     median = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     for name, value in median.items():
         print(f"{name:>12} {value:8.2f} ms {value / median['tree']:8.1f} x the tree")
-    print(json.dumps({"rows": rows, "vocabulary": vocabulary, "threads": torch.get_num_threads(), "median_ms": median}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "vocabulary": vocabulary,
+                "threads": torch.get_num_threads(),
+                "median_ms": median,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

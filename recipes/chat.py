@@ -52,23 +52,33 @@ def main() -> None:
     device = devices.pick(config.device)
     model = load_policy(config.policy, tokenizer, device)
     bf16 = devices.use_bf16("auto", device, sum(w.numel() for w in model.parameters()))
-    how = Sampling(config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, top_p=config.top_p)
+    how = Sampling(
+        config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, top_p=config.top_p
+    )
     room = (context_length(config.policy) or sys.maxsize) - config.max_new_tokens
     messages: list[dict[str, str]] = []
     for turn, line in enumerate(iter(lambda: read("you: "), None)):
         messages.append({"role": "user", "content": line})
         while True:  # forget the oldest turns when the context is full
-            record: dict[str, Any] = {"messages": messages} if tokenizer.chat_template else {"prompt": line}
+            record: dict[str, Any] = (
+                {"messages": messages} if tokenizer.chat_template else {"prompt": line}
+            )
             prompt = tokenize([record], tokenizer, sys.maxsize, "your text")[0][0]
             if len(prompt.ids) <= room or len(messages) < 3:
                 break
             messages = messages[2:]
         if len(prompt.ids) > room:
-            raise ConfigError(f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} exceed the context")
+            raise ConfigError(
+                f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} exceed the context"
+            )
         with devices.autocast(device, bf16):
             seed = row_seed(config.seed, turn, 0, 0)
-            out = sample(model, [prompt.ids], [seed], dataclasses.replace(how, greedy=config.greedy), device)
-        reply = decoded(tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True).strip()
+            out = sample(
+                model, [prompt.ids], [seed], dataclasses.replace(how, greedy=config.greedy), device
+            )
+        reply = decoded(
+            tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True
+        ).strip()
         messages.append({"role": "assistant", "content": reply})
         print(f"policy: {reply}", flush=True)
 

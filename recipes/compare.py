@@ -48,7 +48,9 @@ from train import judge
 
 Lines = list[dict[str, Any]]  # metrics.jsonl of a run
 Numbers = dict[str, float | None]  # a run at the budget
-Noise = dict[str, list[dict[str, float | None]]]  # "initial" and "trained": for each seed, baseline -> ratio
+Noise = dict[
+    str, list[dict[str, float | None]]
+]  # "initial" and "trained": for each seed, baseline -> ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE_STEP, MEAN_STEP = -3, -4  # of the random numbers: no training step's
@@ -63,21 +65,36 @@ class Config:
     rm_host: str | None = flag(None, "what", "as of train.py")
     rm_port: int | None = flag(None, "what", "as of train.py")
     baselines: tuple[str, ...] = flag(
-        tuple(BASELINES), "what", "which ones; FILE.py:NAME is one of your own", nargs="+", type=baseline_name
+        tuple(BASELINES),
+        "what",
+        "which ones; FILE.py:NAME is one of your own",
+        nargs="+",
+        type=baseline_name,
     )
     seeds: int = flag(5, "size", "runs of each baseline")
     max_steps: int = flag(100, "size", "steps of each run")
-    noise_prompts: int = flag(64, "size", "prompts for the noise of the gradient (memory: 14 gradients); 0: not measured")
+    noise_prompts: int = flag(
+        64, "size", "prompts for the noise of the gradient (memory: 14 gradients); 0: not measured"
+    )
     jobs: int = flag(1, "size", "runs at a time")
-    target: float = flag(1.0, "report", "reward whose cost in tokens and seconds is told (mean of five steps)")
-    log_dir: str | None = flag(None, "report", "folder of runs, table and plot (default: a new runs/compare-TIME)")
+    target: float = flag(
+        1.0, "report", "reward whose cost in tokens and seconds is told (mean of five steps)"
+    )
+    log_dir: str | None = flag(
+        None, "report", "folder of runs, table and plot (default: a new runs/compare-TIME)"
+    )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, positive=("seeds", "max_steps", "jobs"), not_negative=("noise_prompts",))
         if self.seeds < 2:
             raise ConfigError("--seeds must be 2 or more: one run has no interval")
-        own = {"--policy": self.policy, "--train-data": self.train_data, "--rm-host": self.rm_host, "--rm-port": self.rm_port}
+        own = {
+            "--policy": self.policy,
+            "--train-data": self.train_data,
+            "--rm-host": self.rm_host,
+            "--rm-port": self.rm_port,
+        }
         if None in own.values() and any(value is not None for value in own.values()):
             raise ConfigError(f"{', '.join(own)} come as a set (none of them: the toy)")
         if "rloo" not in self.baselines:
@@ -99,19 +116,42 @@ def train_all(config: Config, common: list[str], folder: Path) -> None:
     def one(job: tuple[str, int]) -> str:
         baseline, seed = job
         run = folder / f"{label(baseline)}-{seed}"
-        size = ["--max-steps", str(config.max_steps), "--save-interval", str(config.max_steps), "--save-top-k", "0"]
-        command = [sys.executable, str(ROOT / "train.py"), "--baseline", baseline, "--seed", str(seed), "--log-dir", str(run)]
+        size = [
+            "--max-steps",
+            str(config.max_steps),
+            "--save-interval",
+            str(config.max_steps),
+            "--save-top-k",
+            "0",
+        ]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--baseline",
+            baseline,
+            "--seed",
+            str(seed),
+            "--log-dir",
+            str(run),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([*command, *size, *common], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*command, *size, *common], capture_output=True, text=True, env=environment
+        )
         return "" if done.returncode == 0 else f"{run}: {done.stderr.strip().splitlines()[-1:]}"
 
     start = time.monotonic()
     with ThreadPoolExecutor(config.jobs) as pool:
-        for n, ((baseline, seed), failure) in enumerate(zip(jobs, pool.map(one, jobs), strict=True), 1):
+        for n, ((baseline, seed), failure) in enumerate(
+            zip(jobs, pool.map(one, jobs), strict=True), 1
+        ):
             if failure:
                 pool.shutdown(cancel_futures=True)
                 raise FailedError(f"a run failed: {failure}")
-            print(f"run {n}/{len(jobs)}  {label(baseline)}, seed {seed}  {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"run {n}/{len(jobs)}  {label(baseline)}, seed {seed}  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
 
 
 def read_run(folder: Path) -> Lines:
@@ -120,7 +160,9 @@ def read_run(folder: Path) -> Lines:
     tokens, seconds = 0, 0.0
     for line in lines:
         tokens += line["tokens"]
-        seconds += sum(line[f"time_{part}"] for part in ("rollout", "reward", "reference", "update"))
+        seconds += sum(
+            line[f"time_{part}"] for part in ("rollout", "reward", "reference", "update")
+        )
         line["tokens_so_far"], line["seconds_so_far"] = tokens, seconds
     return lines
 
@@ -129,17 +171,33 @@ def at_budget(lines: Lines, budget: int, target: float) -> Numbers:
     """A run's numbers over the last tenth of the first `budget` tokens, and what `target` cost (None: never reached)."""
     within = [line for line in lines if line["tokens_so_far"] <= budget]
     late = [line for line in within if line["tokens_so_far"] > 0.9 * budget] or within[-1:]
-    found: Numbers = {name: statistics.fmean(line[name] for line in late) for name in ("reward", "objective")}
-    found["kl"] = statistics.fmean(line["kl"] for line in late) if late[0]["kl"] is not None else None
+    found: Numbers = {
+        name: statistics.fmean(line[name] for line in late) for name in ("reward", "objective")
+    }
+    found["kl"] = (
+        statistics.fmean(line["kl"] for line in late) if late[0]["kl"] is not None else None
+    )
     found["steps"] = float(len(within))
-    smooth = [statistics.fmean(line["reward"] for line in within[max(0, i - 4) : i + 1]) for i in range(len(within))]
-    first = next((line for line, mean in zip(within, smooth, strict=True) if mean >= target and line["step"] >= 5), None)
+    smooth = [
+        statistics.fmean(line["reward"] for line in within[max(0, i - 4) : i + 1])
+        for i in range(len(within))
+    ]
+    first = next(
+        (
+            line
+            for line, mean in zip(within, smooth, strict=True)
+            if mean >= target and line["step"] >= 5
+        ),
+        None,
+    )
     found["tokens"] = None if first is None else float(first["tokens_so_far"])
     found["seconds"] = None if first is None else first["seconds_so_far"]
     return found
 
 
-def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) -> dict[str, float | None]:
+def gradient_noise(
+    actor: Actor, prompts: list[Prompt], names: Sequence[str]
+) -> dict[str, float | None]:
     """trace Cov(estimate of one step) / |E estimate|^2 of each baseline, all from the same responses to these prompts.
 
     With g_p the estimate from prompt p alone, trace Cov = sum_p |g_p - mean|^2 / (n - 1) and a step of P prompts has 1/P of it.
@@ -149,7 +207,9 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
     out = actor.sample(prompts, NOISE_STEP)
     greedy = actor.sample_greedy(prompts, NOISE_STEP)
     other = actor.sample(prompts, MEAN_STEP)  # what a baseline with a state has seen before
-    reward, past = (judge(actor, prompts, rows).objective.view(-1, k) for rows in (out, other))  # (n, K) each
+    reward, past = (
+        judge(actor, prompts, rows).objective.view(-1, k) for rows in (out, other)
+    )  # (n, K) each
     valid = torch.ones_like(reward, dtype=torch.bool)  # (n, K)
     greedy_reward = judge(actor, prompts, greedy).objective  # (n,)
     advantages = []
@@ -161,14 +221,18 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
     advantage = torch.stack(advantages).float().to(actor.device)  # (baselines, n, K)
 
     weights = [w for w in actor.model.parameters() if w.requires_grad]
-    total = torch.zeros(len(names), sum(w.numel() for w in weights), device=actor.device)  # (baselines, D)
+    total = torch.zeros(
+        len(names), sum(w.numel() for w in weights), device=actor.device
+    )  # (baselines, D)
     squares = torch.zeros(len(names), dtype=torch.float64)
     for p in range(len(prompts)):
         scores = []
         for row in range(p * k, (p + 1) * k):
             part = out.take([row])
             logp = actor.logp(part)
-            scores.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)]))
+            scores.append(
+                torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)])
+            )
         g = advantage[:, p] @ torch.stack(scores) / k  # (baselines, D)
         total += g
         squares += g.double().square().sum(1).cpu()
@@ -176,7 +240,10 @@ def gradient_noise(actor: Actor, prompts: list[Prompt], names: Sequence[str]) ->
     mean_square = (total / n).double().square().sum(1).cpu()  # (baselines,)
     covariance = (squares - n * mean_square) / (n - 1)  # (baselines,)
     signal = mean_square - covariance / n
-    ratios = [(c / config.num_rollout_samples / s).item() if s > 0 else None for c, s in zip(covariance, signal, strict=True)]
+    ratios = [
+        (c / config.num_rollout_samples / s).item() if s > 0 else None
+        for c, s in zip(covariance, signal, strict=True)
+    ]
     return dict(zip(names, ratios, strict=True))
 
 
@@ -206,22 +273,44 @@ def told(values: Sequence[float | None], form: str) -> str:
 
 def write_table(config: Config, runs: dict[str, list[Numbers]], noise: Noise, budget: int) -> str:
     """The comparison in Markdown."""
-    lines = ["| baseline | reward | KL, nats | objective | objective − RLOO's | steps | tokens to reward "
-             f"{config.target:g} | seconds | noise, initial | noise, trained |", "|" + "---|" * 10]  # fmt: skip
+    lines = [
+        "| baseline | reward | KL, nats | objective | objective − RLOO's | steps | tokens to reward "
+        f"{config.target:g} | seconds | noise, initial | noise, trained |",
+        "|" + "---|" * 10,
+    ]
     rloo = [run["objective"] for run in runs["rloo"]]
     for name in config.baselines:
         own = runs[name]
         column = {key: [run[key] for run in own] for key in own[0]}
         gain = [(a or 0.0) - (b or 0.0) for a, b in zip(column["objective"], rloo, strict=True)]
-        measured = [told([one[name] for one in noise[where]], ".2f") if noise[where] else "–" for where in ("initial", "trained")]
-        cells = [label(name), told(column["reward"], ".3f"), told(column["kl"], ".2f"), told(column["objective"], ".3f"),
-                 "–" if name == "rloo" else told(gain, "+.3f"), told(column["steps"], ".0f"), told(column["tokens"], ".0f"),
-                 told(column["seconds"], ".1f"), *measured]  # fmt: skip
+        measured = [
+            told([one[name] for one in noise[where]], ".2f") if noise[where] else "–"
+            for where in ("initial", "trained")
+        ]
+        cells = [
+            label(name),
+            told(column["reward"], ".3f"),
+            told(column["kl"], ".2f"),
+            told(column["objective"], ".3f"),
+            "–" if name == "rloo" else told(gain, "+.3f"),
+            told(column["steps"], ".0f"),
+            told(column["tokens"], ".0f"),
+            told(column["seconds"], ".1f"),
+            *measured,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{config.seeds} seeds, the first {budget} sampled tokens of each run; intervals are of 95 %."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{config.seeds} seeds, the first {budget} sampled tokens of each run; intervals are of 95 %.",
+        ]
+    )
 
 
-def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: int, path: Path) -> None:
+def draw(
+    config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: int, path: Path
+) -> None:
     """Reward against tokens and against KL, and the noise of the gradient."""
     import matplotlib
 
@@ -232,10 +321,20 @@ def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: i
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     grid = np.linspace(0, budget, 60)[1:]
     for i, name in enumerate(config.baselines):
-        along = {key: np.array([[near(run, t, key) for t in grid] for run in curves[name]]) for key in ("reward", "kl")}
+        along = {
+            key: np.array([[near(run, t, key) for t in grid] for run in curves[name]])
+            for key in ("reward", "kl")
+        }
         bands = np.array([student(column.tolist()) for column in along["reward"].T])  # (points, 2)
         left.plot(grid, bands[:, 0], color=f"C{i}", label=label(name))
-        left.fill_between(grid, bands[:, 0] - bands[:, 1], bands[:, 0] + bands[:, 1], color=f"C{i}", alpha=0.12, linewidth=0)
+        left.fill_between(
+            grid,
+            bands[:, 0] - bands[:, 1],
+            bands[:, 0] + bands[:, 1],
+            color=f"C{i}",
+            alpha=0.12,
+            linewidth=0,
+        )
         middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=label(name))
         ends = [(near(run, budget, "kl"), near(run, budget, "reward")) for run in curves[name]]
         middle.plot(*zip(*ends, strict=True), "o", color=f"C{i}", markersize=4)
@@ -243,11 +342,21 @@ def draw(config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: i
             known = [value for one in noise[where] if (value := one[name]) is not None]
             if len(known) > 1:
                 mean, half = student(known)
-                right.bar(i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3)
+                right.bar(
+                    i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3
+                )
     left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
-    middle.set(xlabel="KL to the initial policy, nats", ylabel="reward", title="reward against KL; dots: the seeds at the end")
-    right.set(xticks=np.arange(len(config.baselines)) + 0.2, xticklabels=[label(name) for name in config.baselines], yscale="log",
-              title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)")  # fmt: skip
+    middle.set(
+        xlabel="KL to the initial policy, nats",
+        ylabel="reward",
+        title="reward against KL; dots: the seeds at the end",
+    )
+    right.set(
+        xticks=np.arange(len(config.baselines)) + 0.2,
+        xticklabels=[label(name) for name in config.baselines],
+        yscale="log",
+        title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)",
+    )
     left.legend()
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
@@ -271,11 +380,22 @@ def main() -> None:
     settings = settings.filled(toy.DEFAULTS) if config.policy is None else toy.filled(settings)
     for name in config.baselines:
         own_baseline.check(name, settings.num_rollouts_per_prompt)
-    taken = {"--baseline", "--seed", "--log-dir", "--max-steps", "--save-interval", "--skip-refused"}
+    taken = {
+        "--baseline",
+        "--seed",
+        "--log-dir",
+        "--max-steps",
+        "--save-interval",
+        "--skip-refused",
+    }
     if own := taken & {word.partition("=")[0] for word in extra}:
-        raise ConfigError(f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)")
+        raise ConfigError(
+            f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)"
+        )
     if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
-        raise ConfigError("the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0")
+        raise ConfigError(
+            "the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0"
+        )
     if config.log_dir is not None:
         new_folder(config.log_dir, "--log-dir")
     folder = new_run_folder(config.log_dir, "compare")
@@ -283,17 +403,29 @@ def main() -> None:
         if config.policy is None:
             prepared = toy.prepare()
             address = stack.enter_context(toy.server())
-            config = dataclasses.replace(config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl"))
+            config = dataclasses.replace(
+                config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl")
+            )
         else:
             address = (str(config.rm_host), int(config.rm_port or 0))
         common = [*data_flags(config, address), *extra]
         train_all(config, common, folder)
-        curves = {name: [read_run(folder / f"{label(name)}-{seed}") for seed in range(config.seeds)] for name in config.baselines}
-        report(config, curves, {"initial": [], "trained": []}, folder)  # kept if what follows needs more memory than there is
+        curves = {
+            name: [read_run(folder / f"{label(name)}-{seed}") for seed in range(config.seeds)]
+            for name in config.baselines
+        }
+        report(
+            config, curves, {"initial": [], "trained": []}, folder
+        )  # kept if what follows needs more memory than there is
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)
             last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
-            report(config, curves, measure_noise(toy.filled(parse(TrainConfig, "", common)), config, last), folder)
+            report(
+                config,
+                curves,
+                measure_noise(toy.filled(parse(TrainConfig, "", common)), config, last),
+                folder,
+            )
     print(f"\n{(folder / 'compare.md').read_text()}")
     print(f"table {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
     distributed.stop()
@@ -302,15 +434,25 @@ def main() -> None:
 def report(config: Config, curves: dict[str, list[Lines]], noise: Noise, folder: Path) -> None:
     """compare.md, compare.json and compare.png."""
     budget = min(run[-1]["tokens_so_far"] for runs in curves.values() for run in runs)
-    results = {name: [at_budget(run, budget, config.target) for run in runs] for name, runs in curves.items()}
+    results = {
+        name: [at_budget(run, budget, config.target) for run in runs]
+        for name, runs in curves.items()
+    }
     (folder / "compare.md").write_text(write_table(config, results, noise, budget) + "\n")
-    (folder / "compare.json").write_text(json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2))
+    (folder / "compare.json").write_text(
+        json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2)
+    )
     draw(config, curves, noise, budget, folder / "compare.png")
 
 
 def data_flags(config: Config, address: tuple[str, int]) -> list[str]:
     """train.py's flags for policy, prompts and reward."""
-    flags = {"--policy": config.policy, "--train-data": config.train_data, "--rm-host": address[0], "--rm-port": address[1]}
+    flags = {
+        "--policy": config.policy,
+        "--train-data": config.train_data,
+        "--rm-host": address[0],
+        "--rm-port": address[1],
+    }
     return [word for name, value in flags.items() for word in (name, str(value))]
 
 

@@ -41,7 +41,15 @@ from reinforce.run.resume import date_of
 from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 
-OVERRIDES = ("temperature", "max_new_tokens", "rm_wait", "seed", "device", "precision", "skip_bad_lines")
+OVERRIDES = (
+    "temperature",
+    "max_new_tokens",
+    "rm_wait",
+    "seed",
+    "device",
+    "precision",
+    "skip_bad_lines",
+)
 STEP = -2  # of evaluation's random numbers: neither training's nor validation's
 
 
@@ -49,21 +57,41 @@ STEP = -2  # of evaluation's random numbers: neither training's nor validation's
 class Config:
     """The flags."""
 
-    run: str | None = flag("runs/latest", "what", "run folder: its settings, its last checkpoint, and where the report goes")
-    policy: str | None = flag(None, "what", "trained policy: folder or hub id (default: the run's last checkpoint)")
-    initial_policy: str | None = flag(None, "what", "what it is compared with (default: where the run began)")
-    test_data: str | None = flag(None, "what", "prompts, as train.py reads them (default: the run's validation prompts)")
-    skip_bad_lines: bool = flag(False, "what", "leave out malformed prompt lines and count them, instead of refusing")
+    run: str | None = flag(
+        "runs/latest",
+        "what",
+        "run folder: its settings, its last checkpoint, and where the report goes",
+    )
+    policy: str | None = flag(
+        None, "what", "trained policy: folder or hub id (default: the run's last checkpoint)"
+    )
+    initial_policy: str | None = flag(
+        None, "what", "what it is compared with (default: where the run began)"
+    )
+    test_data: str | None = flag(
+        None, "what", "prompts, as train.py reads them (default: the run's validation prompts)"
+    )
+    skip_bad_lines: bool = flag(
+        False, "what", "leave out malformed prompt lines and count them, instead of refusing"
+    )
     max_prompts: int = flag(256, "what", "the first so many of them")
-    rm_host: str | None = flag(None, "reward server", "host of serve_rm.py (a run on the toy: started here)")
+    rm_host: str | None = flag(
+        None, "reward server", "host of serve_rm.py (a run on the toy: started here)"
+    )
     rm_port: int | None = flag(None, "reward server", "its port")
     rm_wait: float = flag(0.0, "reward server", "seconds to wait for it")
     temperature: float | None = flag(None, "sampling", "of both policies (default: the run's)")
     greedy: bool = flag(False, "sampling", "the likeliest token each time; no KL is measured then")
-    max_new_tokens: int | None = flag(None, "sampling", "response length at most, tokens (default: the run's)")
+    max_new_tokens: int | None = flag(
+        None, "sampling", "response length at most, tokens (default: the run's)"
+    )
     seed: int = flag(0, "sampling", "of every draw")
-    device: str | None = flag(None, "hardware", "where to compute (default: as the run)", choices=("auto", "cpu", "cuda"))
-    precision: str | None = flag(None, "hardware", "as of train.py (default: as the run)", choices=("auto", "fp32", "bf16"))
+    device: str | None = flag(
+        None, "hardware", "where to compute (default: as the run)", choices=("auto", "cpu", "cuda")
+    )
+    precision: str | None = flag(
+        None, "hardware", "as of train.py (default: as the run)", choices=("auto", "fp32", "bf16")
+    )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
@@ -86,7 +114,9 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     except (OSError, ValueError) as error:
         raise ConfigError(f"--run {run}: no run of train.py there ({error})") from error
     names = {f.name for f in dataclasses.fields(TrainConfig)}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names
+    }
     base = toy.filled(TrainConfig(**values))
     checkpoints = sorted(run.glob("checkpoints/step-*"))
     if config.policy is None and not checkpoints:
@@ -101,31 +131,60 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     if test is None:
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
-        raise ConfigError("--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in OVERRIDES if given(config, name)}
+        raise ConfigError(
+            "--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge"
+        )
+    changes: dict[str, Any] = {
+        name: getattr(config, name) for name in OVERRIDES if given(config, name)
+    }
     base = dataclasses.replace(
-        base, policy=initial, train_data=test, val_data=None, rm_host=host, rm_port=port, rm_fingerprint=None, log_dir=None,
-        baseline="none", initial_policy_kl_penalty=0.0, num_rollout_samples=1, global_batch_size=None, parallel="ddp",
-        resume="auto", **changes,
-    )  # fmt: skip
+        base,
+        policy=initial,
+        train_data=test,
+        val_data=None,
+        rm_host=host,
+        rm_port=port,
+        rm_fingerprint=None,
+        log_dir=None,
+        baseline="none",
+        initial_policy_kl_penalty=0.0,
+        num_rollout_samples=1,
+        global_batch_size=None,
+        parallel="ddp",
+        resume="auto",
+        **changes,
+    )
     return base, run, config.policy or str(checkpoints[-1])
 
 
-def answer(actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | None = None) -> list[Group]:
+def answer(
+    actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | None = None
+) -> list[Group]:
     """One scored response to each prompt; with `initial`, its KL to that policy, nats."""
     how = dataclasses.replace(actor.training, greedy=greedy)
     out = actor.respond(prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
     reward, _ = actor.ask(prompts, out)  # (P,)
     distance = None
     if initial is not None and not greedy:
-        distance = kl.per_response(kl.k1(out.logp, initial.score(initial.scorer, out)), out.mask).double().cpu()  # (P,)
+        distance = (
+            kl.per_response(kl.k1(out.logp, initial.score(initial.scorer, out)), out.mask)
+            .double()
+            .cpu()
+        )  # (P,)
     groups = make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
-    return [dataclasses.replace(group, prompt=readable(prompt)) for group, prompt in zip(groups, prompts, strict=True)]
+    return [
+        dataclasses.replace(group, prompt=readable(prompt))
+        for group, prompt in zip(groups, prompts, strict=True)
+    ]
 
 
 def readable(prompt: Prompt) -> str:
     """The prompt without the marks of its chat template."""
-    return prompt.text if prompt.messages is None else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
+    return (
+        prompt.text
+        if prompt.messages is None
+        else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
+    )
 
 
 def summary(groups: list[Group]) -> dict[str, Any]:
@@ -150,7 +209,11 @@ def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
         "trained": summary(after),
         "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
         "win_rate": {"mean": statistics.fmean(wins), "interval": bootstrap(wins)},
-        "kl": dict(zip(("mean", "error"), mean_and_error([g.kl[0] for g in after if g.kl]), strict=True)) if after[0].kl else None,
+        "kl": dict(
+            zip(("mean", "error"), mean_and_error([g.kl[0] for g in after if g.kl]), strict=True)
+        )
+        if after[0].kl
+        else None,
     }
 
 
@@ -167,21 +230,48 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("reward, trained − initial", "", interval(result["difference"], "+.3f")))
     rows.append(("win rate", "", interval(result["win_rate"], ".3f")))
     if result["kl"]:
-        rows.append(("KL(trained ‖ initial), nats a response", "", f"{result['kl']['mean']:.2f} ± {result['kl']['error']:.2f}"))
-    names = {"length": "tokens a response", "finished": "finished", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
+        rows.append(
+            (
+                "KL(trained ‖ initial), nats a response",
+                "",
+                f"{result['kl']['mean']:.2f} ± {result['kl']['error']:.2f}",
+            )
+        )
+    names = {
+        "length": "tokens a response",
+        "finished": "finished",
+        "distinct_1": "distinct-1",
+        "distinct_2": "distinct-2",
+    }
     rows += [(name, f"{a[key]:.2f}", f"{b[key]:.2f}") for key, name in names.items()]
     return rows
 
 
-def write_report(run: Path, title: str, result: dict[str, Any], before: list[Group], after: list[Group]) -> None:
+def write_report(
+    run: Path, title: str, result: dict[str, Any], before: list[Group], after: list[Group]
+) -> None:
     """report.html: the table, the run's curves and every pair of responses, in one file without external resources."""
-    samples = [{"prompt": a.prompt, "initial": a.response[0], "trained": b.response[0], "initial_reward": a.reward[0],
-                "trained_reward": b.reward[0]} for a, b in zip(before, after, strict=True)]  # fmt: skip
+    samples = [
+        {
+            "prompt": a.prompt,
+            "initial": a.response[0],
+            "trained": b.response[0],
+            "initial_reward": a.reward[0],
+            "trained_reward": b.reward[0],
+        }
+        for a, b in zip(before, after, strict=True)
+    ]
     with (run / "evaluation.jsonl").open("w") as lines:
         lines.writelines(json.dumps(sample) + "\n" for sample in samples)
     curves = run / "curves.png"
-    image = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}" if curves.exists() else ""
-    data = json.dumps({"title": title, "table": table(result), "samples": samples, "curves": image}).replace("<", "\\u003c")
+    image = (
+        f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}"
+        if curves.exists()
+        else ""
+    )
+    data = json.dumps(
+        {"title": title, "table": table(result), "samples": samples, "curves": image}
+    ).replace("<", "\\u003c")
     page = Path(__file__).with_name("report.html").read_text().replace("{{data}}", data)
     (run / "report.html").write_text(page)
 
@@ -195,7 +285,12 @@ def main() -> None:
         prompts = data.prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
-        after = answer(dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True)), prompts, config.greedy, initial)
+        after = answer(
+            dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True)),
+            prompts,
+            config.greedy,
+            initial,
+        )
     result = compare(before, after)
     print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")
     for name, left, right in [("", "initial", "trained"), *table(result)]:
@@ -205,7 +300,13 @@ def main() -> None:
         print(f"initial {a.reward[0]:+.2f}  {a.response[0].strip()}")
         print(f"trained {b.reward[0]:+.2f}  {b.response[0].strip()}")
     (run / "evaluation.json").write_text(json.dumps(result, indent=2))
-    write_report(run, f"{run.resolve().name}: {Path(trained).name} against the initial policy", result, before, after)
+    write_report(
+        run,
+        f"{run.resolve().name}: {Path(trained).name} against the initial policy",
+        result,
+        before,
+        after,
+    )
     print(f"\nreport {run}/report.html · {run}/evaluation.json · {run}/evaluation.jsonl")
 
 

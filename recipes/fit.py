@@ -27,7 +27,11 @@ class Plan:
 
 
 def fit(
-    model: nn.Module, length: Sequence[int], count: Sequence[int], loss_sum: Callable[[list[int]], Tensor], plan: Plan
+    model: nn.Module,
+    length: Sequence[int],
+    count: Sequence[int],
+    loss_sum: Callable[[list[int]], Tensor],
+    plan: Plan,
 ) -> float:
     """Train in place on examples 0..n-1; return the mean loss of the last tenth of the steps (one step at least).
 
@@ -38,18 +42,25 @@ def fit(
     steps = max(1, round(plan.epochs * steps_per_epoch(n, plan.batch_size)))
     optimizer = adamw(model, plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
-    bar = tqdm(range(steps), desc="step", dynamic_ncols=True, disable=plan.quiet or not sys.stderr.isatty())
+    bar = tqdm(
+        range(steps), desc="step", dynamic_ncols=True, disable=plan.quiet or not sys.stderr.isatty()
+    )
     for step in bar:
         batch = step_prompts(n, plan.batch_size, plan.seed, step)
         divisor, total = sum(count[i] for i in batch), 0.0
-        for part in micro_batches([length[i] for i in batch], [0] * len(batch), len(batch), plan.micro_batch_tokens):
+        for part in micro_batches(
+            [length[i] for i in batch], [0] * len(batch), len(batch), plan.micro_batch_tokens
+        ):
             loss = loss_sum([batch[i] for i in part]) / divisor
             loss.backward()
             total += loss.item()
         norm = clip(model, 1.0)
         if not math.isfinite(norm):
             raise FailedError(f"the gradient of step {step + 1} is {norm}; nothing was saved")
-        set_learning_rate(optimizer, learning_rate(step, steps, plan.lr, plan.lr / 10, warmup=steps // 20, constant=0))
+        set_learning_rate(
+            optimizer,
+            learning_rate(step, steps, plan.lr, plan.lr / 10, warmup=steps // 20, constant=0),
+        )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)

@@ -34,7 +34,10 @@ def write(path: Path, pairs: list[Preference]) -> None:
     with path.open("w") as file:
         for pair in pairs:
             replies = {"chosen": pair.chosen, "rejected": pair.rejected}
-            record = {"prompt": pair.prompt, **{k: [{"role": "assistant", "content": text}] for k, text in replies.items()}}
+            record = {
+                "prompt": pair.prompt,
+                **{k: [{"role": "assistant", "content": text}] for k, text in replies.items()},
+            }
             file.write(json.dumps(record) + "\n")
 
 
@@ -46,10 +49,17 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
     train, test = split_by_opening(pairs, HELD_OUT)
     count = min(VALIDATION, len(train) // 10)
     train, validation = train[: len(train) - count], train[len(train) - count :]
-    print(f"{source}: {len(train)} pairs to train on, {count} for validation, {len(test)} held out", file=sys.stderr)
+    print(
+        f"{source}: {len(train)} pairs to train on, {count} for validation, {len(test)} held out",
+        file=sys.stderr,
+    )
     if not validation or not test:
-        raise ConfigError(f"{source}: too few pairs, or too few different openings, to hold some out")
-    content = json.dumps([[dataclasses.astuple(pair) for pair in part] for part in (train, validation, test)])
+        raise ConfigError(
+            f"{source}: too few pairs, or too few different openings, to hold some out"
+        )
+    content = json.dumps(
+        [[dataclasses.astuple(pair) for pair in part] for part in (train, validation, test)]
+    )
     folder = ROOT / "cache" / f"hh-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
@@ -64,11 +74,28 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
 
 def main() -> None:
     """Check what follows as flags of train.py, prepare, and print the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", metavar="PAIRS", help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out malformed lines and count them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pairs",
+        metavar="PAIRS",
+        help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id",
+    )
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out malformed lines and count them"
+    )
     args, flags = parser.parse_known_args()
-    data = ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1"]  # not there yet
+    data = [
+        "--policy",
+        "x",
+        "--train-data",
+        "x",
+        "--rm-host",
+        "x",
+        "--rm-port",
+        "1",
+    ]  # not there yet
     parse(TrainConfig, "", [*data, *flags])
     print(prepare(args.pairs, args.skip_bad_lines))
 

@@ -11,10 +11,36 @@ import numpy as np
 
 Z = 1.959964  # of 95 %, two-sided
 QUANTILES = {  # Student's, by degrees of freedom; above 29 the normal one is within 5 %
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179,
-    13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093, 20: 2.086, 21: 2.080, 22: 2.074, 23: 2.069,
-    24: 2.064, 25: 2.060, 26: 2.056, 27: 2.052, 28: 2.048, 29: 2.045,
-}  # fmt: skip
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+    13: 2.160,
+    14: 2.145,
+    15: 2.131,
+    16: 2.120,
+    17: 2.110,
+    18: 2.101,
+    19: 2.093,
+    20: 2.086,
+    21: 2.080,
+    22: 2.074,
+    23: 2.069,
+    24: 2.064,
+    25: 2.060,
+    26: 2.056,
+    27: 2.052,
+    28: 2.048,
+    29: 2.045,
+}
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
@@ -50,8 +76,13 @@ def bootstrap(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tu
     (1.0, 1.0)
     """
     array = np.asarray(values, dtype=np.float64)
-    means = np.concatenate([
-        array[np.random.default_rng([seed, i]).integers(len(array), size=(1000, len(array)))].mean(1) for i in range(draws // 1000)
-    ])  # fmt: skip
+    means = np.concatenate(
+        [
+            array[
+                np.random.default_rng([seed, i]).integers(len(array), size=(1000, len(array)))
+            ].mean(1)
+            for i in range(draws // 1000)
+        ]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""One step of REINFORCE with the library alone: a model and prompts of one's own, a Python function as the reward.
+"""One step of REINFORCE with the library alone, on a model, prompts and a reward of one's own.
 
 python recipes/library.py FOLDER "a prompt" "another prompt"
 """
@@ -7,24 +7,27 @@ import sys
 
 import torch
 
-from reinforce import Sampling, Scorer, k1, load_policy, load_tokenizer, per_response, reinforce_loss, rloo, row_seed, sample
+import reinforce
 
 K, BETA, CPU = 4, 0.05, torch.device("cpu")
 folder, *prompts = sys.argv[1:]
-tokenizer = load_tokenizer(folder)
-policy, reference = (load_policy(folder, tokenizer, CPU) for _ in range(2))
+tokenizer = reinforce.load_tokenizer(folder)
+policy, reference = (reinforce.load_policy(folder, tokenizer, CPU) for _ in range(2))
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-how = Sampling(max_new_tokens=24, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
+how = reinforce.Sampling(24, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
 
 ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-rollout = sample(policy, ids, [row_seed(0, 0, i, k) for i in range(len(ids)) for k in range(K)], how)  # B = P * K rows
-rows = (rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)
-texts = [tokenizer.decode(row[mask]) for row, mask in zip(rollout.response, rollout.mask, strict=True)]
-reward = torch.tensor([float(len(set(text.split()))) for text in texts])  # (B,), different words: yours goes here
+seeds = [reinforce.row_seed(0, 0, i, k) for i in range(len(ids)) for k in range(K)]
+out = reinforce.sample(policy, ids, seeds, how)  # B = P * K rows
+rows = (out.prompt, out.prompt_mask, out.response, out.mask)
+texts = [tokenizer.decode(y[mask]) for y, mask in zip(out.response, out.mask, strict=True)]
+reward = torch.tensor([float(len(set(y.split()))) for y in texts])  # (B,): yours goes here
 with torch.no_grad():
-    kl = per_response(k1(rollout.logp, Scorer(reference)(*rows)), rollout.mask)  # (B,), nats
-advantage = rloo((reward - BETA * kl).view(-1, K)).flatten()  # (B,)
-loss = reinforce_loss(Scorer(policy)(*rows), advantage, rollout.mask, divisor=len(texts))
+    ref_logp = reinforce.Scorer(reference)(*rows)  # (B, T)
+kl = reinforce.per_response(reinforce.k1(out.logp, ref_logp), out.mask)  # (B,), nats
+advantage = reinforce.rloo((reward - BETA * kl).view(-1, K)).flatten()  # (B,)
+logp = reinforce.Scorer(policy)(*rows)  # (B, T)
+loss = reinforce.reinforce_loss(logp, advantage, out.mask, divisor=len(texts))
 loss.backward()
 optimizer.step()
 print(f"mean reward {reward.mean():.2f} of {len(texts)} responses, the first: {texts[0]!r}")

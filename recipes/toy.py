@@ -33,7 +33,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -69,11 +74,17 @@ PEOPLE = [
 ]
 PLACES = ["rome", "paris", "oslo", "lima", "cairo", "delhi", "tokyo", "quito"]
 PARTS = {
-    "pizza": "crust sauce cheese topping", "hotel": "room bed view breakfast", "film": "plot cast music ending",
-    "phone": "screen battery camera speaker", "train": "seat window service staff", "garden": "lawn pond path hedge",
-    "book": "story style cover chapter", "cafe": "coffee cake chair terrace", "museum": "hall guide light map",
+    "pizza": "crust sauce cheese topping",
+    "hotel": "room bed view breakfast",
+    "film": "plot cast music ending",
+    "phone": "screen battery camera speaker",
+    "train": "seat window service staff",
+    "garden": "lawn pond path hedge",
+    "book": "story style cover chapter",
+    "cafe": "coffee cake chair terrace",
+    "museum": "hall guide light map",
     "concert": "singer band sound stage",
-}  # fmt: skip
+}
 GOOD = ["superb", "lovely", "bright", "fresh", "great", "charming"]
 BAD = ["awful", "stale", "dull", "broken", "poor", "noisy"]
 PLAIN = ["plain", "usual", "ordinary", "average"]
@@ -102,7 +113,9 @@ def make_review(rng: random.Random, thing: str) -> str:
 
 def sentiment(review: str) -> int | None:
     """The grammar's own label: good minus bad adjectives, "very" counting double; None for a text outside the grammar."""
-    if not re.fullmatch(rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.", review.strip()):
+    if not re.fullmatch(
+        rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.", review.strip()
+    ):
         return None
     return sum((2 if very else 1) * MOODS[mood] for _, very, mood in re.findall(CLAUSE, review))
 
@@ -110,40 +123,75 @@ def sentiment(review: str) -> int | None:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
     text = f"{' '.join(PEOPLE + PLACES + list(PARTS) + list(PARTS.values()) + list(MOODS))} on the in : was very and but ."
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *text.split()]))}
+    vocabulary = {
+        word: i
+        for i, word in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *text.split()]))
+    }
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    words.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=128
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=128,
     )
 
 
 def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
     """A LLaMA of 0.1M parameters."""
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True, **extra,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        **extra,
+    )
 
 
 def is_toy(policy: str) -> bool:
     """Whether a policy's folder is the toy's, of this version or an earlier one."""
     place = Path(policy).resolve()
-    return place.name == "policy" and place.parent.parent == ROOT / "cache" and place.parent.name.startswith("toy-")
+    return (
+        place.name == "policy"
+        and place.parent.parent == ROOT / "cache"
+        and place.parent.name.startswith("toy-")
+    )
 
 
 def prepare() -> Path:
     """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
-    parts = ("recipes/toy", "recipes/sft", "recipes/train_rm", "recipes/fit", "reinforce/sampler", "reinforce/logprobs",
-             "reinforce/serving/reward_model", "reinforce/optim")  # fmt: skip
+    parts = (
+        "recipes/toy",
+        "recipes/sft",
+        "recipes/train_rm",
+        "recipes/fit",
+        "reinforce/sampler",
+        "reinforce/logprobs",
+        "reinforce/serving/reward_model",
+        "reinforce/optim",
+    )
     sources = [ROOT / f"{p}.py" for p in parts]  # what the toy is made with
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     folder = ROOT / "cache" / f"toy-{stamp}"
     if not folder.is_dir():
         start = time.monotonic()
-        print("preparing the toy: a language, a policy, a reward model (once) ...", file=sys.stderr, flush=True)
+        print(
+            "preparing the toy: a language, a policy, a reward model (once) ...",
+            file=sys.stderr,
+            flush=True,
+        )
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -152,7 +200,11 @@ def prepare() -> Path:
             partial.rename(folder)
         except OSError:  # another process was faster
             shutil.rmtree(partial)
-        print(f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}", file=sys.stderr, flush=True)
+        print(
+            f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return folder
 
 
@@ -175,9 +227,13 @@ def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
     if distributed.rank() == 0:
         print(f"reward server: http://{host}:{port}")
     return dataclasses.replace(
-        config, policy=f"{folder}/policy", train_data=f"{folder}/train.jsonl",
-        val_data=config.val_data or f"{folder}/validation.jsonl", rm_host=host, rm_port=port,
-    )  # fmt: skip
+        config,
+        policy=f"{folder}/policy",
+        train_data=f"{folder}/train.jsonl",
+        val_data=config.val_data or f"{folder}/validation.jsonl",
+        rm_host=host,
+        rm_port=port,
+    )
 
 
 @contextlib.contextmanager
@@ -189,16 +245,31 @@ def server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
     model = prepare() / "reward_model"
     with tempfile.TemporaryDirectory() as place, (Path(place) / "server.log").open("w+") as log:
         ready = Path(place) / "ready"
-        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-model", str(model), "--ready-file", str(ready),
-                   "--exit-with-parent", "--inference-micro-batch-size", str(batch)]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        command = [
+            sys.executable,
+            str(ROOT / "serve_rm.py"),
+            "--reward-model",
+            str(model),
+            "--ready-file",
+            str(ready),
+            "--exit-with-parent",
+            "--inference-micro-batch-size",
+            str(batch),
+        ]
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
         try:
             end = time.monotonic() + wait
             while not ready.exists():
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    raise RuntimeError(f"the toy's reward server did not start: {log.read()[-2000:]}")
+                    raise RuntimeError(
+                        f"the toy's reward server did not start: {log.read()[-2000:]}"
+                    )
                 time.sleep(0.05)
             host, port = ready.read_text().split()
             yield host, int(port)
@@ -225,29 +296,48 @@ def build(folder: Path) -> str:
         prompt, thing = make_prompt(rng)
         (a, a_mood), (b, b_mood) = review_ids(thing), review_ids(thing)
         ids = tokenizer(prompt)["input_ids"]
-        return (ids + a, ids + b) if a_mood > b_mood else (ids + b, ids + a) if a_mood < b_mood else preference()
+        return (
+            (ids + a, ids + b)
+            if a_mood > b_mood
+            else (ids + b, ids + a)
+            if a_mood < b_mood
+            else preference()
+        )
 
     things = [make_prompt(rng) for _ in range(4000)]
     examples = [(tokenizer(prompt)["input_ids"], review_ids(thing)[0]) for prompt, thing in things]
     policy = LlamaForCausalLM(make_config(tokenizer))
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
-    loss = sft.train_sft(policy, examples, pad, Plan(lr=5e-3, batch_size=64, epochs=6.4, seed=1, quiet=True))
+    loss = sft.train_sft(
+        policy, examples, pad, Plan(lr=5e-3, batch_size=64, epochs=6.4, seed=1, quiet=True)
+    )
 
     pairs = [preference() for _ in range(4000)]
     reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    train_rm.train_reward_model(reward_model, pairs[:3600], pad, Plan(lr=2e-3, batch_size=64, epochs=2.7, seed=2, quiet=True))
+    train_rm.train_reward_model(
+        reward_model,
+        pairs[:3600],
+        pad,
+        Plan(lr=2e-3, batch_size=64, epochs=2.7, seed=2, quiet=True),
+    )
     accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], pad)
     ids = [p for p, _ in examples[:256]]
     responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)
-    train_rm.standardise(reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], pad)
+    train_rm.standardise(
+        reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], pad
+    )
 
     for model, name in ((policy, "policy"), (reward_model, "reward_model")):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in (make_prompt(rng) for _ in range(100_000))))
+    prompts = list(
+        dict.fromkeys(prompt for prompt, _ in (make_prompt(rng) for _ in range(100_000)))
+    )
     for name, part in (("validation", prompts[-80:]), ("train", prompts[:1600])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in part))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": p}) + "\n" for p in part)
+        )
     return f"SFT loss {loss:.2f} nats a token, reward model right on {accuracy:.0%} of 400 held-out pairs"
 
 
@@ -274,8 +364,12 @@ def judge(name: str, policy: Path, tokenizer: Any) -> str:
 
 def main() -> None:
     """Prepare the toy, or judge a run on it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", metavar="RUN", help="run folder whose last checkpoint is judged by the grammar")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--judge", metavar="RUN", help="run folder whose last checkpoint is judged by the grammar"
+    )
     run = parser.parse_args().judge
     transformers.utils.logging.disable_progress_bar()
     folder = prepare()

@@ -34,20 +34,34 @@ from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids of prompt and response: the chosen one, the rejected one
+Pair = tuple[
+    Sequence[int], Sequence[int]
+]  # token ids of prompt and response: the chosen one, the rejected one
 
 
 @dataclass(frozen=True)
 class Config:
     """The flags."""
 
-    model: str | None = flag(None, "model and data", "backbone to start from, the SFT model say: folder or hub id")
-    pairs: str | None = flag(None, "model and data", "chosen and rejected: jsonl, folder or hub id; HH-RLHF or chat messages")
-    test_pairs: str | None = flag(None, "model and data", "pairs that only measure accuracy (default: --held-out of --pairs)")
-    held_out: float = flag(0.2, "model and data", "share of the pairs that only measure accuracy, without --test-pairs")
+    model: str | None = flag(
+        None, "model and data", "backbone to start from, the SFT model say: folder or hub id"
+    )
+    pairs: str | None = flag(
+        None,
+        "model and data",
+        "chosen and rejected: jsonl, folder or hub id; HH-RLHF or chat messages",
+    )
+    test_pairs: str | None = flag(
+        None, "model and data", "pairs that only measure accuracy (default: --held-out of --pairs)"
+    )
+    held_out: float = flag(
+        0.2, "model and data", "share of the pairs that only measure accuracy, without --test-pairs"
+    )
     max_length: int = flag(512, "model and data", "leave out longer conversations, tokens")
     max_pairs: int | None = flag(None, "model and data", "train on so many pairs at most")
-    skip_bad_lines: bool = flag(False, "model and data", "leave out malformed lines and count them, instead of refusing")
+    skip_bad_lines: bool = flag(
+        False, "model and data", "leave out malformed lines and count them, instead of refusing"
+    )
     out: str | None = flag(None, "model and data", "folder to write")
     margin: float = flag(0.0, "training", "by how much the chosen reply's reward must be higher")
     lr: float = flag(2e-5, "training", "peak learning rate of AdamW")
@@ -66,14 +80,21 @@ class Config:
 
 
 def train_reward_model(
-    model: nn.Module, pairs: Sequence[Pair], pad_id: int, plan: Plan, margin: float = 0.0, bf16: bool = False
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    pad_id: int,
+    plan: Plan,
+    margin: float = 0.0,
+    bf16: bool = False,
 ) -> float:
     """Train in place; return the last loss, nats a pair (0.69 for a model that knows nothing)."""
     device = next(model.parameters()).device
 
     def loss_sum(rows: list[int]) -> torch.Tensor:
         with devices.autocast(device, bf16):
-            rewards = score(model, [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows], pad_id)  # (2n,)
+            rewards = score(
+                model, [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows], pad_id
+            )  # (2n,)
         chosen, rejected = rewards.chunk(2)  # (n,) each
         return bradley_terry_loss(chosen - margin, rejected) * len(rows)
 
@@ -81,7 +102,9 @@ def train_reward_model(
 
 
 @torch.no_grad()
-def scores(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False) -> torch.Tensor:
+def scores(
+    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
+) -> torch.Tensor:
     """Reward of each sequence, (n,) float32 on the CPU, in batches of similar length."""
     device = next(model.parameters()).device
     out = torch.zeros(len(sequences))
@@ -93,13 +116,19 @@ def scores(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf
     return out
 
 
-def pair_accuracy(model: nn.Module, pairs: Sequence[Pair], pad_id: int, bf16: bool = False) -> float:
+def pair_accuracy(
+    model: nn.Module, pairs: Sequence[Pair], pad_id: int, bf16: bool = False
+) -> float:
     """Share of pairs whose chosen response gets the higher reward; equal rewards count half."""
-    chosen, rejected = scores(model, [c for pair in pairs for c in pair], pad_id, bf16).view(-1, 2).unbind(1)
+    chosen, rejected = (
+        scores(model, [c for pair in pairs for c in pair], pad_id, bf16).view(-1, 2).unbind(1)
+    )
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-def standardise(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False) -> tuple[float, float]:
+def standardise(
+    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
+) -> tuple[float, float]:
     """Mean and deviation of the reward on these sequences, stored in the model's config, where serve_rm.py finds them."""
     rewards = scores(model, sequences, pad_id, bf16)
     mean, std = rewards.mean().item(), rewards.std().item()
@@ -111,7 +140,10 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Preference], max_length: int) -
     """Both conversations of each pair as the server will render them, without those that are too long."""
     encoded: list[Pair] = []
     for pair in pairs:
-        replies = ([*pair.prompt, {"role": "assistant", "content": reply}] for reply in (pair.chosen, pair.rejected))
+        replies = (
+            [*pair.prompt, {"role": "assistant", "content": reply}]
+            for reply in (pair.chosen, pair.rejected)
+        )
         both = [messages_ids(tokenizer, messages, finished=True) for messages in replies]
         if max(map(len, both)) <= max_length:
             encoded.append((both[0], both[1]))
@@ -141,23 +173,33 @@ def main() -> None:
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
     train, held_out = (encode_pairs(tokenizer, part, longest) for part in sides)
     train = train[: config.max_pairs]
-    print(f"--pairs: {len(train)} to train on, {len(held_out)} held out, of at most {longest} tokens")
+    print(
+        f"--pairs: {len(train)} to train on, {len(held_out)} held out, of at most {longest} tokens"
+    )
     if not train or not held_out:
-        raise ConfigError("--pairs: one side of the split is empty; give more pairs, another --held-out or --max-length")
+        raise ConfigError(
+            "--pairs: one side of the split is empty; give more pairs, another --held-out or --max-length"
+        )
     device = devices.pick(config.device)
     torch.manual_seed(config.seed)
     model = new_reward_model(config.model, tokenizer, device, "--model")
     bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
-    print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters")
+    print(
+        f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters"
+    )
 
     plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
     loss = train_reward_model(model, train, tokenizer.pad_token_id, plan, config.margin, bf16)
     accuracy = pair_accuracy(model, held_out, tokenizer.pad_token_id, bf16)
     low, high = wilson(accuracy * len(held_out), len(held_out))
-    mean, std = standardise(model, [s for pair in train[:256] for s in pair], tokenizer.pad_token_id, bf16)
+    mean, std = standardise(
+        model, [s for pair in train[:256] for s in pair], tokenizer.pad_token_id, bf16
+    )
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    print(f"held-out accuracy {accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(held_out)} pairs; loss {loss:.3f}")
+    print(
+        f"held-out accuracy {accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(held_out)} pairs; loss {loss:.3f}"
+    )
     print(f"scores: mean {mean:.3f}, deviation {std:.3f}, stored in {config.out}/config.json")
 
 

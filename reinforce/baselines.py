@@ -20,11 +20,15 @@ from torch import Tensor
 def _checked(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (reward with 0 where invalid, valid), both (P, K). Raises ValueError on any other shape or type."""
     if reward.ndim != 2 or not reward.is_floating_point():
-        raise ValueError(f"reward must be a float tensor (P, K), got {reward.dtype} {tuple(reward.shape)}")
+        raise ValueError(
+            f"reward must be a float tensor (P, K), got {reward.dtype} {tuple(reward.shape)}"
+        )
     if valid is None:
         valid = torch.ones_like(reward, dtype=torch.bool)
     if valid.shape != reward.shape or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool {tuple(reward.shape)}, got {valid.dtype} {tuple(valid.shape)}")
+        raise ValueError(
+            f"valid must be bool {tuple(reward.shape)}, got {valid.dtype} {tuple(valid.shape)}"
+        )
     return reward.masked_fill(~valid, 0.0), valid
 
 
@@ -62,7 +66,9 @@ def rloo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     tensor([[ 0.3333, -1.0000, -1.0000,  1.6667]])
     """
     reward, valid, n = _shifted(reward, valid)
-    others = (reward.sum(1, keepdim=True) - reward) / (n - 1).clamp(min=1)  # (P, K), mean over valid j != i
+    others = (reward.sum(1, keepdim=True) - reward) / (n - 1).clamp(
+        min=1
+    )  # (P, K), mean over valid j != i
     return (reward - others).masked_fill(~valid | (n < 2), 0.0)
 
 
@@ -109,7 +115,9 @@ def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) ->
     """
     reward, valid = _checked(reward, valid)
     if greedy_reward.shape != reward.shape[:1]:
-        raise ValueError(f"greedy_reward must be ({reward.shape[0]},), got {tuple(greedy_reward.shape)}")
+        raise ValueError(
+            f"greedy_reward must be ({reward.shape[0]},), got {tuple(greedy_reward.shape)}"
+        )
     return (reward - greedy_reward[:, None]).masked_fill(~valid, 0.0)
 
 
@@ -154,11 +162,15 @@ class Ema:
 class Baseline:
     """An estimator as the loop calls it, and what it needs."""
 
-    function: Callable[..., Tensor]  # (R, valid) -> A; with a greedy response (R, greedy R, valid) -> A
+    function: Callable[
+        ..., Tensor
+    ]  # (R, valid) -> A; with a greedy response (R, greedy R, valid) -> A
     min_k: int = 1  # responses of one prompt
     needs_greedy: bool = False  # R of the greedy response, too
 
-    def __call__(self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None
+    ) -> Tensor:
         """objective, valid (P, K), of a greedy response (P,) -> advantage (P, K)."""
         if self.needs_greedy:
             return self.function(objective, greedy_objective, valid)
@@ -175,7 +187,9 @@ class Baseline:
             self.function.state = state
 
 
-BASELINES: dict[str, Callable[[float], Baseline]] = {  # --baseline -> what it is called with: --ema-decay
+BASELINES: dict[
+    str, Callable[[float], Baseline]
+] = {  # --baseline -> what it is called with: --ema-decay
     "none": lambda decay: Baseline(none),
     "ema": lambda decay: Baseline(Ema(decay)),
     "rloo": lambda decay: Baseline(rloo, min_k=2),

@@ -15,11 +15,15 @@ SMALL = 10_000_000  # parameters; below this bf16 gains nothing
 def pick(name: str, local_rank: int = 0) -> torch.device:
     """The device of this process. Raises ConfigError for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto")
+        raise ConfigError(
+            "--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"--device: rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} here)")
+        raise ConfigError(
+            f"--device: rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} here)"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -38,12 +42,16 @@ def bf16_is_fast(device: torch.device) -> bool:
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("amx_bf16") or capabilities.get("bf16"):
         return True
-    return bool(capabilities.get("avx512_bf16")) and str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return bool(capabilities.get("avx512_bf16")) and str(
+        capabilities.get("cpu_name", "")
+    ).startswith("AMD")
 
 
 def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
     """What --precision means for a model of so many parameters."""
-    return precision == "bf16" or (precision == "auto" and parameters > SMALL and bf16_is_fast(device))
+    return precision == "bf16" or (
+        precision == "auto" and parameters > SMALL and bf16_is_fast(device)
+    )
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:

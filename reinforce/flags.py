@@ -17,7 +17,12 @@ def flag(default: Any, group: str, help: str, **how: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **how})
 
 
-def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+def refuse(
+    config: Any,
+    needed: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+) -> None:
     """Raise ConfigError on a needed field that is None, or on a number out of its range; None passes the other two."""
     for name in needed:
         if getattr(config, name) is None:
@@ -25,11 +30,15 @@ def refuse(config: Any, needed: Sequence[str] = (), positive: Sequence[str] = ()
     for name in positive:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{spelled(name)} is {value}; it must be positive{' and finite' if value == math.inf else ''}")
+            raise ConfigError(
+                f"{spelled(name)} is {value}; it must be positive{' and finite' if value == math.inf else ''}"
+            )
     for name in not_negative:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"{spelled(name)} is {value}; it must {'be finite' if value == math.inf else 'not be negative'}")
+            raise ConfigError(
+                f"{spelled(name)} is {value}; it must {'be finite' if value == math.inf else 'not be negative'}"
+            )
 
 
 def spelled(name: str) -> str:
@@ -48,7 +57,11 @@ def parse(config: type[C], description: str, argv: Sequence[str] | None = None) 
 
     A dataclass with a field `preset` has the defaults of each preset in `PRESETS`.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     groups: dict[str, Any] = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         how = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
@@ -63,11 +76,18 @@ def parse(config: type[C], description: str, argv: Sequence[str] | None = None) 
         if shown not in (None, ""):
             text += f" (default: {shown})"
         how.setdefault("type", _number(str(f.type)))
-        how.setdefault("metavar", None if "choices" in how else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"))
+        how.setdefault(
+            "metavar",
+            None
+            if "choices" in how
+            else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"),
+        )
         group.add_argument(spelled(f.name), default=f.default, help=text, **how)
     preset = getattr(parser.parse_args(argv), "preset", None)
     parser.set_defaults(**getattr(config, "PRESETS", {}).get(preset, {}))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    values = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()
+    }
     parsed = config(**values)
     parsed.check()  # type: ignore[attr-defined]
     return parsed

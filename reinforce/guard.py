@@ -50,11 +50,18 @@ def head_is_plain(model: nn.Module) -> bool:
         logits = hf(input_ids=ids, use_cache=False).logits
         hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head = hf.get_output_embeddings()
-        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(head(hidden), logits, atol=1e-5)
+        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(
+            head(hidden), logits, atol=1e-5
+        )
 
 
 def inspect(
-    model: nn.Module, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], pad_id: int, checkpointing: bool, name: str
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    end_ids: Sequence[int],
+    pad_id: int,
+    checkpointing: bool,
+    name: str,
 ) -> Verdict:
     """The verdict on a model in float32, outside autocast; `prompts` are token ids, `name` is how errors call it.
 
@@ -63,11 +70,15 @@ def inspect(
     start = time.monotonic()
     kind = type(model).__name__
     if checkpointing and not blocks(model):
-        raise ConfigError(f"--gradient-checkpointing: {kind} names no blocks to checkpoint; leave it out")
+        raise ConfigError(
+            f"--gradient-checkpointing: {kind} names no blocks to checkpoint; leave it out"
+        )
     try:
         rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         if max(end_ids) >= rows:
-            raise ConfigError(f"{name}: end token {max(end_ids)} is outside the {rows} rows of the model's embeddings")
+            raise ConfigError(
+                f"{name}: end token {max(end_ids)} is outside the {rows} rows of the model's embeddings"
+            )
         plain = head_is_plain(model)
         scorer = Scorer(model, plain).to(next(model.parameters()).device)
         rollout = _sampled(scorer, _two(prompts, 0), pad_id)
@@ -82,9 +93,13 @@ def inspect(
         unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise
-    except Exception as error:  # whatever a model raises that is no causal language model with a cache
+    except (
+        Exception
+    ) as error:  # whatever a model raises that is no causal language model with a cache
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"{name}: {kind} cannot be sampled and scored as a causal language model ({reason:.300})") from error
+        raise ConfigError(
+            f"{name}: {kind} cannot be sampled and scored as a causal language model ({reason:.300})"
+        ) from error
     gaps = tuple(found.values())
     return Verdict(plain, gaps[0], gaps[1], unused, time.monotonic() - start)
 
@@ -103,7 +118,9 @@ def _sampled(scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int) -> R
 
 
 def _score(scorer: nn.Module, rollout: Rollout) -> Tensor:
-    logp: Tensor = scorer(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)  # (B, T)
+    logp: Tensor = scorer(
+        rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask
+    )  # (B, T)
     return logp
 
 
@@ -112,18 +129,28 @@ def _gaps(scorer: Scorer, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
     logp = _score(scorer, rollout)  # (B, T)
     with torch.no_grad():
         alone = _score(scorer, rollout.take([K]))  # (1, T), the shorter prompt's first
-        gaps = {"sampling token by token": rollout.logp - logp, "a neighbour in the batch": logp[K] - alone}
-        return logp, {what: float(gap.abs().nan_to_num(torch.inf).max()) for what, gap in gaps.items()}
+        gaps = {
+            "sampling token by token": rollout.logp - logp,
+            "a neighbour in the batch": logp[K] - alone,
+        }
+        return logp, {
+            what: float(gap.abs().nan_to_num(torch.inf).max()) for what, gap in gaps.items()
+        }
 
 
-def _gradients(scorer: Scorer, rollout: Rollout, logp: Tensor, checkpointing: bool, name: str) -> tuple[str, ...]:
+def _gradients(
+    scorer: Scorer, rollout: Rollout, logp: Tensor, checkpointing: bool, name: str
+) -> tuple[str, ...]:
     """One backward pass, as training makes it; names of the parameters that it does not reach.
 
     `logp` (B, T) is the scorer's, without checkpointing.
     """
     reached: set[str] = set()
     trained = {parameter: w for parameter, w in scorer.model.named_parameters() if w.requires_grad}
-    handles = [w.register_hook(lambda _, parameter=parameter: reached.add(parameter)) for parameter, w in trained.items()]
+    handles = [
+        w.register_hook(lambda _, parameter=parameter: reached.add(parameter))
+        for parameter, w in trained.items()
+    ]
     handles += [w.register_post_accumulate_grad_hook(_drop) for w in trained.values()]
     forwards = {block: block.forward for block in blocks(scorer.model)}
     try:
@@ -142,7 +169,9 @@ def _gradients(scorer: Scorer, rollout: Rollout, logp: Tensor, checkpointing: bo
             block.forward = forward
         for handle in handles:
             handle.remove()
-    return tuple(parameter for parameter in trained if parameter not in reached and "expert" not in parameter)
+    return tuple(
+        parameter for parameter in trained if parameter not in reached and "expert" not in parameter
+    )
 
 
 def _drop(weight: Tensor) -> None:

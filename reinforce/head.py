@@ -41,7 +41,9 @@ def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
         with torch.autocast(device, enabled=False):
             if not half:
                 return nn.functional.linear(states.float(), weight, bias)
-            logits = cast(Tensor, cast(Any, _HalfProduct).apply(states.bfloat16().flatten(0, -2), weight))  # (n, V)
+            logits = cast(
+                Tensor, cast(Any, _HalfProduct).apply(states.bfloat16().flatten(0, -2), weight)
+            )  # (n, V)
             logits = logits if bias is None else logits + bias
             return logits.view(*states.shape[:-1], weight.shape[0])
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 def _log_ratio(logp: Tensor, ref_logp: Tensor) -> Tensor:
     if logp.shape != ref_logp.shape:
-        raise ValueError(f"logp {tuple(logp.shape)} and ref_logp {tuple(ref_logp.shape)} differ in shape")
+        raise ValueError(
+            f"logp {tuple(logp.shape)} and ref_logp {tuple(ref_logp.shape)} differ in shape"
+        )
     return logp - ref_logp
 
 

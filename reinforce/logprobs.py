@@ -18,7 +18,9 @@ from reinforce.head import float32_product
 CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 
 
-def policy_logits(logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor, min_new_tokens: int) -> Tensor:
+def policy_logits(
+    logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor, min_new_tokens: int
+) -> Tensor:
     """Logits of the policy that is sampled, float32 (n, V): scaled by 1 / temperature, end tokens barred while t < min.
 
     `t` (n,) is each row's response position. The sampler, the scorer and the reference all come through here: two of them
@@ -50,7 +52,9 @@ class Scorer(nn.Module):
         self.plain = plain
         self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
 
-    def forward(self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor
+    ) -> Tensor:
         """prompt, prompt_mask (B, S) padded left, response, mask (B, T) padded right -> logp (B, T), 0 outside the mask.
 
         Token t of the response is predicted at column S - 1 + t, one before its own.
@@ -59,17 +63,28 @@ class Scorer(nn.Module):
         ids = torch.cat([prompt, response], 1)  # (B, S + T)
         seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
         place = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
-        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": place, "use_cache": False}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": seen.long(),
+            "position_ids": place,
+            "use_cache": False,
+        }
         if self.plain:
-            states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][mask]  # (n, H), n response tokens
+            states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][
+                mask
+            ]  # (n, H), n response tokens
             head = float32_product(hf.get_output_embeddings())
         else:
-            states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][mask]  # (n, V)
+            states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][
+                mask
+            ]  # (n, V)
             head = Tensor.float
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
-        parts = [checkpoint(self._token_logp, head, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [
+            checkpoint(self._token_logp, head, *chunk, use_reentrant=False) for chunk in chunks
+        ]
         logp = torch.zeros(mask.shape, device=mask.device)  # (B, T)
         return logp.masked_scatter(mask, torch.cat(parts))
 
@@ -77,6 +92,10 @@ class Scorer(nn.Module):
         """The model's own forward pass, for sampling; a sharded model is entered through here or through `forward`."""
         return self.model(**inputs)
 
-    def _token_logp(self, head: Callable[[Tensor], Tensor], states: Tensor, token: Tensor, t: Tensor) -> Tensor:
-        logits = policy_logits(head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens)
+    def _token_logp(
+        self, head: Callable[[Tensor], Tensor], states: Tensor, token: Tensor, t: Tensor
+    ) -> Tensor:
+        logits = policy_logits(
+            head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens
+        )
         return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]  # (n,)

@@ -16,7 +16,9 @@ def _check(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> N
         shapes = f"logp {tuple(logp.shape)}, advantage {tuple(advantage.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"expected logp (B, T), advantage (B,), weight (B, T); got {shapes}")
     if not divisor > 0:
-        raise ValueError(f"divisor must be positive, got {divisor}: a step without valid rows has no loss")
+        raise ValueError(
+            f"divisor must be positive, got {divisor}: a step without valid rows has no loss"
+        )
 
 
 def _weighted(per_token: Tensor, advantage_sign: Tensor, weight: Tensor, divisor: float) -> Tensor:
@@ -35,7 +37,9 @@ def reinforce_loss(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: flo
     return _weighted(logp, advantage, weight, divisor)
 
 
-def clipped_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float) -> Tensor:
+def clipped_loss(
+    logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float
+) -> Tensor:
     """Several optimizer steps from one rollout: -sum_b sum_t weight * min(rho A, clip(rho, 1 +- clip) A) / divisor.
 
     rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s; away from it, biased.
@@ -47,7 +51,9 @@ def clipped_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tens
     """
     _check(logp, advantage, weight, divisor)
     if logp_old.shape != logp.shape:
-        raise ValueError(f"logp_old {tuple(logp_old.shape)} and logp {tuple(logp.shape)} differ in shape")
+        raise ValueError(
+            f"logp_old {tuple(logp_old.shape)} and logp {tuple(logp.shape)} differ in shape"
+        )
     d = (logp - logp_old.detach()).masked_fill(weight == 0, 0.0)  # (B, T)
     ratio = d.exp()  # (B, T)
     gain = advantage[:, None] * ratio  # (B, T)
@@ -55,14 +61,20 @@ def clipped_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tens
     return _weighted(torch.minimum(gain, clipped), torch.ones_like(advantage), weight, divisor)
 
 
-def clipped_tokens(logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, clip: float) -> Tensor:
+def clipped_tokens(
+    logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, clip: float
+) -> Tensor:
     """Number of tokens, scalar, whose gradient `clipped_loss` cuts: rho above 1 + clip with A > 0, below 1 - clip with A < 0.
 
     >>> clipped_tokens(torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.tensor([1.0]), torch.ones(1, 2), clip=0.2)
     tensor(1)
     """
     ratio, sign = (logp.detach() - logp_old).exp(), advantage.sign()[:, None]  # (B, T), (B, 1)
-    return (((ratio > 1 + clip) & (sign > 0)) | ((ratio < 1 - clip) & (sign < 0))).logical_and(weight != 0).sum()
+    return (
+        (((ratio > 1 + clip) & (sign > 0)) | ((ratio < 1 - clip) & (sign < 0)))
+        .logical_and(weight != 0)
+        .sum()
+    )
 
 
 def token_weights(mask: Tensor, norm: str) -> Tensor:

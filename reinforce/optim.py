@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -19,7 +21,9 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, constant: int) -> float:
+def learning_rate(
+    step: int, total: int, lr: float, min_lr: float, warmup: int, constant: int
+) -> float:
     """Learning rate of a rollout step (from 0): linear warm-up, cosine to `min_lr`, then `constant` steps at `min_lr`.
 
     With min_lr = lr it is constant after the warm-up. Past `total` it stays at `min_lr`.
@@ -38,7 +42,9 @@ def learning_rate(step: int, total: int, lr: float, min_lr: float, warmup: int, 
 def clip(model: nn.Module, max_norm: float) -> float:
     """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before, over all ranks' shards."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of FSDP's shards, every rank asks
+    return float(
+        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    )  # of FSDP's shards, every rank asks
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

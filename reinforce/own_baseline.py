@@ -37,12 +37,16 @@ class OwnBaseline(Baseline):
 
     name: str = ""  # as on the command line
 
-    def __call__(self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, objective: Tensor, valid: Tensor, greedy_objective: Tensor | None = None
+    ) -> Tensor:
         """objective, valid (P, K) -> advantage (P, K). Raises OwnBaselineError."""
         try:
             advantage = self.function(objective.clone(), valid.clone())
         except Exception as error:  # whatever one's own code raises
-            raise OwnBaselineError(f"--baseline {self.name}: it raises {type(error).__name__}: {error}") from error
+            raise OwnBaselineError(
+                f"--baseline {self.name}: it raises {type(error).__name__}: {error}"
+            ) from error
         if reason := flaw(advantage, valid):
             raise OwnBaselineError(f"--baseline {self.name}: {reason}")
         return advantage.detach()
@@ -57,8 +61,16 @@ def make(name: str, ema_decay: float) -> Baseline:
 
 def flaw(advantage: Any, valid: Tensor) -> str | None:
     """What is wrong with a result for valid (P, K); None if nothing is."""
-    if not isinstance(advantage, Tensor) or advantage.shape != valid.shape or not advantage.is_floating_point():
-        got = f"{advantage.dtype} {tuple(advantage.shape)}" if isinstance(advantage, Tensor) else type(advantage).__name__
+    if (
+        not isinstance(advantage, Tensor)
+        or advantage.shape != valid.shape
+        or not advantage.is_floating_point()
+    ):
+        got = (
+            f"{advantage.dtype} {tuple(advantage.shape)}"
+            if isinstance(advantage, Tensor)
+            else type(advantage).__name__
+        )
         return f"it must return a float tensor {tuple(valid.shape)}, and returned {got}"
     if not advantage.isfinite().all():
         return "its advantages are not finite; rewards where valid is false may be NaN and must not be read"
@@ -81,11 +93,17 @@ def check(name: str, k: int) -> None:
         return
 
     def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"--baseline {name}: {reason} (it is called as f(R (P, K) float64, valid (P, K) bool))")
+        return ConfigError(
+            f"--baseline {name}: {reason} (it is called as f(R (P, K) float64, valid (P, K) bool))"
+        )
 
     loaded = load_named(name, "--baseline").value
     if isinstance(loaded, type) or not callable(loaded):
-        kind = "a class: name an object that it makes" if isinstance(loaded, type) else f"a {type(loaded).__name__}"
+        kind = (
+            "a class: name an object that it makes"
+            if isinstance(loaded, type)
+            else f"a {type(loaded).__name__}"
+        )
         raise refuse(f"it must be a function or an object that can be called, and is {kind}")
     reward = torch.linspace(-1.0, 2.0, 4 * k, dtype=torch.float64).sin().view(4, k)  # (4, K)
     valid = torch.ones(4, k, dtype=torch.bool)
@@ -94,7 +112,9 @@ def check(name: str, k: int) -> None:
     valid[3] = False
     results = []
     for unread in (math.nan, 1e9):  # what stands where a row does not count
-        function = load_named(name, "--baseline").value  # anew, so that a state starts as in the run
+        function = load_named(
+            name, "--baseline"
+        ).value  # anew, so that a state starts as in the run
         for rows in (slice(0, 4), slice(0, 1)):
             given = reward.masked_fill(~valid, unread)[rows], valid[rows].clone()
             kept = given[0].clone(), given[1].clone()
@@ -102,14 +122,18 @@ def check(name: str, k: int) -> None:
                 advantage = function(*given)
             except Exception as error:  # whatever one's own code raises
                 raise refuse(f"it raises {type(error).__name__}: {error}") from error
-            if not torch.equal(given[0].nan_to_num(), kept[0].nan_to_num()) or not torch.equal(given[1], kept[1]):
+            if not torch.equal(given[0].nan_to_num(), kept[0].nan_to_num()) or not torch.equal(
+                given[1], kept[1]
+            ):
                 raise refuse("it writes to its inputs")
             if reason := flaw(advantage, kept[1]):
                 raise refuse(reason)
             results.append(advantage.detach().clone())
         _check_state(function, refuse)
     if not all(torch.equal(a, b) for a, b in zip(results[:2], results[2:], strict=True)):
-        raise refuse("twice the same rows gave two results: it must be deterministic and read no reward where valid is false")
+        raise refuse(
+            "twice the same rows gave two results: it must be deterministic and read no reward where valid is false"
+        )
 
 
 def _check_state(function: Any, refuse: Any) -> None:
@@ -120,6 +144,8 @@ def _check_state(function: Any, refuse: Any) -> None:
         function.state = json.loads(written)
         same = json.dumps(function.state) == written
     except Exception as error:  # a property may raise anything
-        raise refuse(f"its state must be a JSON value that can be read and set ({error})") from error
+        raise refuse(
+            f"its state must be a JSON value that can be read and set ({error})"
+        ) from error
     if not same:
         raise refuse("its state is another one after it was set to what was read")

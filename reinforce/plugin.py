@@ -41,4 +41,8 @@ def load_named(spec: str, flag: str) -> Named:
         raise ConfigError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         raise ConfigError(f"{flag} {spec}: no function {name!r} in {path}")
-    return Named(name, getattr(module, name), hashlib.sha256(f"{name}/".encode() + file.read_bytes()).hexdigest())
+    return Named(
+        name,
+        getattr(module, name),
+        hashlib.sha256(f"{name}/".encode() + file.read_bytes()).hexdigest(),
+    )

@@ -26,7 +26,11 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 def announce(name: str, flag: str) -> None:
     """Say what is fetched before the wait for a network that may not be there."""
     if not Path(name).is_dir():
-        print(f"{flag} {name}: no such folder here, asking the Hugging Face hub ...", file=sys.stderr, flush=True)
+        print(
+            f"{flag} {name}: no such folder here, asking the Hugging Face hub ...",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def load_tokenizer(name: str, flag: str = "--policy") -> Any:
@@ -38,10 +42,14 @@ def load_tokenizer(name: str, flag: str = "--policy") -> Any:
         raise ConfigError(f"{flag} {name}: no tokenizer there ({first_line(error)})") from error
     tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ConfigError(f"{flag} {name}: its tokenizer has neither pad nor end token; set one in tokenizer_config.json")
+        raise ConfigError(
+            f"{flag} {name}: its tokenizer has neither pad nor end token; set one in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-        print(f"{flag} {name}: no pad token; padding with its end token {tokenizer.eos_token!r} (masks come from lengths)")
+        print(
+            f"{flag} {name}: no pad token; padding with its end token {tokenizer.eos_token!r} (masks come from lengths)"
+        )
     return tokenizer
 
 
@@ -49,7 +57,9 @@ def with_template(tokenizer: Any, flag: str) -> Any:
     """The tokenizer, with HH-RLHF's plain dialogue as its chat template if it has none; it is saved with the tokenizer."""
     if not tokenizer.chat_template:
         tokenizer.chat_template = TEMPLATE
-        print(f'{flag}: the tokenizer has no chat template; giving it HH-RLHF\'s, "\\n\\nHuman: ...\\n\\nAssistant:"')
+        print(
+            f'{flag}: the tokenizer has no chat template; giving it HH-RLHF\'s, "\\n\\nHuman: ...\\n\\nAssistant:"'
+        )
     return tokenizer
 
 
@@ -71,7 +81,9 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ConfigError(f"{flag} {name}: no end token in its tokenizer or generation_config.json; set eos_token there")
+        raise ConfigError(
+            f"{flag} {name}: no end token in its tokenizer or generation_config.json; set eos_token there"
+        )
     return tuple(sorted(ids))
 
 
@@ -84,13 +96,23 @@ def read_config(name: str, flag: str = "--policy") -> Any:
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # a bad file makes transformers raise what it likes
-        raise ConfigError(f"{flag} {name}: no config.json that transformers can read ({first_line(error)})") from error
+        raise ConfigError(
+            f"{flag} {name}: no config.json that transformers can read ({first_line(error)})"
+        ) from error
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     if architecture.endswith("ForSequenceClassification"):
-        raise ConfigError(f"{flag} {name}: a {architecture}, not a policy; were --policy and --reward-model swapped?")
+        raise ConfigError(
+            f"{flag} {name}: a {architecture}, not a policy; were --policy and --reward-model swapped?"
+        )
     if method := (getattr(config, "quantization_config", None) or {}):
-        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-        raise ConfigError(f"{flag} {name}: its weights are quantised ({kind}); give a folder of full weights")
+        kind = (
+            method.get("quant_method")
+            if isinstance(method, dict)
+            else getattr(method, "quant_method", None)
+        )
+        raise ConfigError(
+            f"{flag} {name}: its weights are quantised ({kind}); give a folder of full weights"
+        )
     return config
 
 
@@ -101,11 +123,17 @@ def context_length(name: str, flag: str = "--policy") -> int | None:
     sparse attention picks among more positions than it keeps. Raises ConfigError.
     """
     config = read_config(name, flag).get_text_config()
-    lengths = [getattr(config, "max_position_embeddings", None), getattr(config, "index_topk", None)]
+    lengths = [
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "index_topk", None),
+    ]
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
         if rope.get("rope_type", rope.get("type")) == "longrope":
-            lengths += [getattr(config, "original_max_position_embeddings", None), rope.get("original_max_position_embeddings")]
+            lengths += [
+                getattr(config, "original_max_position_embeddings", None),
+                rope.get("original_max_position_embeddings"),
+            ]
     known = [length for length in lengths if length is not None]
     return min(known) if known else None
 
@@ -141,7 +169,11 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def load_policy(
-    name: str, tokenizer: Any, device: torch.device, frozen_dtype: torch.dtype | None = None, flag: str = "--policy"
+    name: str,
+    tokenizer: Any,
+    device: torch.device,
+    frozen_dtype: torch.dtype | None = None,
+    flag: str = "--policy",
 ) -> nn.Module:
     """The model in float32, dropout off. Raises ConfigError.
 
@@ -151,19 +183,27 @@ def load_policy(
     read_config(name, flag)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # what a damaged file, a wrong shape or an unknown architecture makes transformers raise
-        raise ConfigError(f"{flag} {name}: not a causal language model in safetensors ({first_line(error)})") from error
+        raise ConfigError(
+            f"{flag} {name}: not a causal language model in safetensors ({first_line(error)})"
+        ) from error
     if info["missing_keys"]:  # transformers would fill them with random numbers
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ConfigError(f"{flag} {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings")
+        raise ConfigError(
+            f"{flag} {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings"
+        )
     model = give_float32_logits(without_dropout(model).to(device))
     if frozen_dtype is not None:
         model.requires_grad_(False)
@@ -176,8 +216,17 @@ def load_policy(
 
 def refuse_foreign_weights(names: list[str], where: str) -> None:
     """Raise ConfigError if a checkpoint holds a classifier's head; say it in a line if it holds other weights that nobody uses."""
-    heads = [name for name in names if name.split(".")[0] in ("score", "classifier", "classification_head")]
+    heads = [
+        name
+        for name in names
+        if name.split(".")[0] in ("score", "classifier", "classification_head")
+    ]
     if heads:
-        raise ConfigError(f"{where}: it holds a classifier's head ({heads[0]}), not a policy; was it meant as --reward-model?")
+        raise ConfigError(
+            f"{where}: it holds a classifier's head ({heads[0]}), not a policy; was it meant as --reward-model?"
+        )
     if names:
-        print(f"{where}: {len(names)} weights of the checkpoint are not used ({', '.join(names[:3])})", file=sys.stderr)
+        print(
+            f"{where}: {len(names)} weights of the checkpoint are not used ({', '.join(names[:3])})",
+            file=sys.stderr,
+        )

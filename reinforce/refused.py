@@ -12,7 +12,11 @@ from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rm_connection import RewardError
 
 Row = dict[str, Any]  # index of the prompt in its file, prompt, response, the server's answer, kind
-SAMPLED, GREEDY, VALIDATION = "response", "greedy response", "validation response"  # kinds; only the first may be left out
+SAMPLED, GREEDY, VALIDATION = (
+    "response",
+    "greedy response",
+    "validation response",
+)  # kinds; only the first may be left out
 
 
 class RefusedRowError(RewardError):

@@ -19,7 +19,13 @@ from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
 
 RETRIED = (408, 429, 502, 503, 504)
-REFUSED = (400, 413, 422, 500, 507)  # the server's word on a text: asking again would bring it again
+REFUSED = (
+    400,
+    413,
+    422,
+    500,
+    507,
+)  # the server's word on a text: asking again would bring it again
 PROBE = "hello"
 
 
@@ -53,14 +59,21 @@ class RewardClient:
     """One keep-alive connection to a reward server."""
 
     def __init__(
-        self, host: str, port: int, token: str | None = None, fingerprint: str | None = None, timeout: float = 60.0,
+        self,
+        host: str,
+        port: int,
+        token: str | None = None,
+        fingerprint: str | None = None,
+        timeout: float = 60.0,
         deadline: float = 300.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`timeout` is for one try, `deadline` for all tries of one request, both in seconds."""
         self.url = f"http://{host}:{port}"
         self._fingerprint, self._timeout, self._deadline = fingerprint, timeout, deadline
         self._connection = Connection(host, port, token, self._check_same_model)
-        self.stopped: Callable[[], bool] = lambda: False  # once it is true, no request is tried again
+        self.stopped: Callable[[], bool] = lambda: (
+            False
+        )  # once it is true, no request is tried again
         self._info: ServerInfo | None = None
         self._max_body = ServerInfo.max_body
         self._requests = 0
@@ -83,7 +96,9 @@ class RewardClient:
                 self._connection.trust()
                 return self._info
             except ForeignServiceError as error:
-                raise ConfigError(f"--rm-host/--rm-port: {self.url} is not a reward server ({error})") from error
+                raise ConfigError(
+                    f"--rm-host/--rm-port: {self.url} is not a reward server ({error})"
+                ) from error
             except TryAgainError as error:
                 if wait <= 0:
                     raise ConfigError(
@@ -91,17 +106,27 @@ class RewardClient:
                         "or give it time with --rm-wait SECONDS"
                     ) from error
                 if time.monotonic() > end:
-                    raise RetryError(f"no reward server at {self.url} within {wait:g} s ({error})") from error
+                    raise RetryError(
+                        f"no reward server at {self.url} within {wait:g} s ({error})"
+                    ) from error
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    print(f"waiting for the reward server at {self.url} ({error})", file=sys.stderr, flush=True)
+                    print(
+                        f"waiting for the reward server at {self.url} ({error})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(0.2)
 
     def rewards(
-        self, query: Sequence[str] | None = None, messages: Sequence[list[dict[str, str]]] | None = None,
-        prompts: Sequence[str] | None = None, labels: Sequence[Any] | None = None, finished: Sequence[bool] | None = None,
+        self,
+        query: Sequence[str] | None = None,
+        messages: Sequence[list[dict[str, str]]] | None = None,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
+        finished: Sequence[bool] | None = None,
         completions: Sequence[str] | None = None,
-    ) -> list[float]:  # fmt: skip
+    ) -> list[float]:
         """One reward per text, in order; requests are split to the server's limit. Raises RewardError or RetryError.
 
         Exactly one of `query` (prompt and response as one text) and `messages` (the last one is the response).
@@ -109,15 +134,26 @@ class RewardClient:
         if (query is None) == (messages is None):
             raise ValueError("exactly one of query and messages")
         info = self._info or self.connect()
-        columns = {"query": query, "messages": messages, "prompts": prompts, "labels": labels, "finished": finished,
-                   "completions": completions}  # fmt: skip
+        columns = {
+            "query": query,
+            "messages": messages,
+            "prompts": prompts,
+            "labels": labels,
+            "finished": finished,
+            "completions": completions,
+        }
         given = {name: list(column) for name, column in columns.items() if column is not None}
         count = len(next(iter(given.values())))
         if any(len(column) != count for column in given.values()):
-            raise ValueError(f"columns of different lengths: { {n: len(c) for n, c in given.items()} }")
+            raise ValueError(
+                f"columns of different lengths: { {n: len(c) for n, c in given.items()} }"
+            )
         rewards: list[float] = []
         for start in range(0, count, info.max_texts):
-            rewards += self._split({name: column[start : start + info.max_texts] for name, column in given.items()}, start)
+            rewards += self._split(
+                {name: column[start : start + info.max_texts] for name, column in given.items()},
+                start,
+            )
         return rewards
 
     def _split(self, columns: dict[str, list[Any]], start: int) -> list[float]:
@@ -129,7 +165,8 @@ class RewardClient:
         if size > most:
             middle = count // 2
             first, second = (
-                {name: column[part] for name, column in columns.items()} for part in (slice(middle), slice(middle, None))
+                {name: column[part] for name, column in columns.items()}
+                for part in (slice(middle), slice(middle, None))
             )
             return self._split(first, start) + self._split(second, start + middle)
         try:
@@ -146,12 +183,18 @@ class RewardClient:
         end, tries = time.monotonic() + self._deadline, 0
         while True:
             try:
-                return self._validate(self._call("POST", "/get_reward", request, end), request_id, expected)
+                return self._validate(
+                    self._call("POST", "/get_reward", request, end), request_id, expected
+                )
             except TryAgainError as error:
-                pause = min(30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0))
+                pause = min(
+                    30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
+                )
                 tries += 1
                 if self.stopped():
-                    raise RetryError(f"stopped while reward server {self.url} gave no usable answer ({error})") from error
+                    raise RetryError(
+                        f"stopped while reward server {self.url} gave no usable answer ({error})"
+                    ) from error
                 if time.monotonic() + pause > end:
                     reason = f"reward server {self.url} gave no usable answer within {self._deadline:g} s ({error})"
                     raise RetryError(reason) from error
@@ -165,7 +208,9 @@ class RewardClient:
             if status == 503:
                 raise TryAgainError("503, not ready")
             if status == 401:
-                raise ConfigError(f"reward server {self.url} wants a token: set RM_TOKEN or RM_TOKEN_FILE")
+                raise ConfigError(
+                    f"reward server {self.url} wants a token: set RM_TOKEN or RM_TOKEN_FILE"
+                )
             if status == 200 and kind == "application/json":
                 info = _parse_info(reply.body)
                 if info is not None:
@@ -178,20 +223,28 @@ class RewardClient:
         """No /info: another project's reward server answers a probe text, anything else does not."""
         foreign = f"/info answered {status} {ascii(kind[:60])[1:-1] or 'without a type'}"
         if self._fingerprint is not None:
-            raise ConfigError(f"--rm-fingerprint: {self.url} has no /info, so it cannot be checked ({foreign})")
+            raise ConfigError(
+                f"--rm-fingerprint: {self.url} has no /info, so it cannot be checked ({foreign})"
+            )
         try:
             reply = self._call("POST", "/get_reward", {"query": [PROBE], "prompts": [PROBE]}, end)
             self._validate(reply, None, 1)
         except RewardError as error:
             raise ForeignServiceError(f"{foreign}, and a probe text: {error}") from error
-        print(f"reward server {self.url} has no /info: its model is not pinned", file=sys.stderr, flush=True)
+        print(
+            f"reward server {self.url} has no /info: its model is not pinned",
+            file=sys.stderr,
+            flush=True,
+        )
         return ServerInfo()
 
     def _pin(self, info: ServerInfo) -> ServerInfo:
         if self._fingerprint is not None and info.fingerprint != self._fingerprint:
             detail = f"{info.fingerprint!r:.80} instead of {self._fingerprint}"
             if self._info is None:
-                raise ConfigError(f"--rm-fingerprint: {self.url} serves another reward model ({detail})")
+                raise ConfigError(
+                    f"--rm-fingerprint: {self.url} serves another reward model ({detail})"
+                )
             raise RewardError(f"reward server {self.url} now serves another model ({detail})")
         self._fingerprint = info.fingerprint
         return info
@@ -203,9 +256,15 @@ class RewardClient:
         reply = self._exchange("GET", "/info", None, limit)
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
-        info = _parse_info(reply.body) if reply.status == 200 and reply.kind == "application/json" else None
+        info = (
+            _parse_info(reply.body)
+            if reply.status == 200 and reply.kind == "application/json"
+            else None
+        )
         if info is None:
-            raise RewardError(f"reward server {self.url} no longer shows which model it serves (/info: HTTP {reply.status})")
+            raise RewardError(
+                f"reward server {self.url} no longer shows which model it serves (/info: HTTP {reply.status})"
+            )
         self._pin(info)
 
     def _call(self, method: str, path: str, payload: Any, end: float) -> Any:
@@ -223,7 +282,9 @@ class RewardClient:
                 raise RefusedError(said, _index_of(reply.body, len(texts)))
             raise RewardError(said)
         if reply.kind != "application/json":
-            raise RewardError(f"{self.url}{path} answered {reply.kind[:60]!r}, not application/json")
+            raise RewardError(
+                f"{self.url}{path} answered {reply.kind[:60]!r}, not application/json"
+            )
         try:
             return json.loads(reply.body)
         except (ValueError, RecursionError) as error:
@@ -231,7 +292,9 @@ class RewardClient:
 
     def _exchange(self, method: str, path: str, payload: Any, end: float) -> Reply:
         """One exchange within the time of one try."""
-        return self._connection.exchange(method, path, payload, min(end, time.monotonic() + self._timeout))
+        return self._connection.exchange(
+            method, path, payload, min(end, time.monotonic() + self._timeout)
+        )
 
     def _validate(self, reply: Any, request_id: str | None, expected: int) -> list[float]:
         """The rewards of a reply, if it is exactly what was asked for. Raises RewardError."""
@@ -240,12 +303,20 @@ class RewardClient:
             got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
             raise RewardError(f"{self.url} answered {got} as rewards for {expected} texts")
         if request_id is not None and reply.get("id") not in (None, request_id):
-            raise RewardError(f"{self.url} answered another request: id {reply['id']!r:.80} instead of {request_id!r}")
+            raise RewardError(
+                f"{self.url} answered another request: id {reply['id']!r:.80} instead of {request_id!r}"
+            )
         shown = reply.get("fingerprint")
         if self._fingerprint is not None and shown is not None and shown != self._fingerprint:
-            raise RewardError(f"reward server {self.url} now serves another model ({shown!r:.80} instead of {self._fingerprint})")
+            raise RewardError(
+                f"reward server {self.url} now serves another model ({shown!r:.80} instead of {self._fingerprint})"
+            )
         for i, value in enumerate(rewards):
-            if type(value) not in (int, float) or not -math.inf < value < math.inf or abs(value) > sys.float_info.max:
+            if (
+                type(value) not in (int, float)
+                or not -math.inf < value < math.inf
+                or abs(value) > sys.float_info.max
+            ):
                 raise RewardError(f"{self.url}: reward {i} is {value!r:.80}, not a finite number")
         return [float(value) for value in rewards]
 

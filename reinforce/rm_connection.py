@@ -23,7 +23,11 @@ def read_token() -> str | None:
     """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE; never from a command line, which every user can read."""
     path = os.environ.get("RM_TOKEN_FILE")
     if not path:
-        return _checked_token(os.environ["RM_TOKEN"], "RM_TOKEN") if os.environ.get("RM_TOKEN") else None
+        return (
+            _checked_token(os.environ["RM_TOKEN"], "RM_TOKEN")
+            if os.environ.get("RM_TOKEN")
+            else None
+        )
     try:
         text = Path(path).read_text().strip()
     except OSError as error:
@@ -36,7 +40,9 @@ def read_token() -> str | None:
 def _checked_token(token: str, where: str) -> str:
     """The token, if it can be sent in a header. Raises ConfigError, which does not repeat it."""
     if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{where}: a token must be one line of visible ASCII characters, without spaces, and not empty")
+        raise ConfigError(
+            f"{where}: a token must be one line of visible ASCII characters, without spaces, and not empty"
+        )
     return token
 
 
@@ -86,7 +92,9 @@ class _DeadlineSocket(socket.socket):
 class Connection:
     """One keep-alive connection to a server."""
 
-    def __init__(self, host: str, port: int, token: str | None, before_post: Callable[[float], None]) -> None:
+    def __init__(
+        self, host: str, port: int, token: str | None, before_post: Callable[[float], None]
+    ) -> None:
         """`before_post(limit)` is called before a body goes out on a new connection, behind which may be another server."""
         self.url = f"http://{host}:{port}"
         self._address, self._token, self._before_post = (host, port), token, before_post
@@ -106,7 +114,10 @@ class Connection:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        for fresh in (False, True):  # a kept connection that the server closed meanwhile is no failure of the server
+        for fresh in (
+            False,
+            True,
+        ):  # a kept connection that the server closed meanwhile is no failure of the server
             reused = self._connection is not None
             if not self._vetted and body is not None:
                 self._before_post(limit)
@@ -134,15 +145,24 @@ class Connection:
             after = response.getheader("Retry-After") or ""
             if response.will_close:
                 self._close()
-            return Reply(response.status, kind, data, float(after) if re.fullmatch(r"[0-9]{1,9}", after) else 0.0)
+            return Reply(
+                response.status,
+                kind,
+                data,
+                float(after) if re.fullmatch(r"[0-9]{1,9}", after) else 0.0,
+            )
         raise AssertionError("unreachable")
 
     def _connected(self, limit: float) -> http.client.HTTPConnection:
         if self._connection is None:
-            connection = http.client.HTTPConnection(*self._address, timeout=max(0.001, limit - time.monotonic()))
+            connection = http.client.HTTPConnection(
+                *self._address, timeout=max(0.001, limit - time.monotonic())
+            )
             connection.connect()
             plain = connection.sock
-            connection.sock = _DeadlineSocket(plain.family, plain.type, plain.proto, fileno=plain.detach())
+            connection.sock = _DeadlineSocket(
+                plain.family, plain.type, plain.proto, fileno=plain.detach()
+            )
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connection, self._vetted = connection, False
         cast(_DeadlineSocket, self._connection.sock).limit = limit
@@ -153,7 +173,9 @@ class Connection:
         for name in ("Transfer-Encoding", "Content-Encoding"):
             if value := response.getheader(name):
                 self._close()
-                raise RewardError(f"the reply of {self.url} has {name} {value[:60]!r}, which is not taken")
+                raise RewardError(
+                    f"the reply of {self.url} has {name} {value[:60]!r}, which is not taken"
+                )
         parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)

@@ -35,15 +35,25 @@ class Rollout:
         """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
         if not rows:
             one = self.mask[:1, :1]
-            return Rollout(self.prompt[:1, -1:], torch.ones_like(one), self.response[:1, :1], torch.zeros_like(one),
-                           torch.zeros_like(self.logp[:1, :1]), self.finished[:1])  # fmt: skip
+            return Rollout(
+                self.prompt[:1, -1:],
+                torch.ones_like(one),
+                self.response[:1, :1],
+                torch.zeros_like(one),
+                torch.zeros_like(self.logp[:1, :1]),
+                self.finished[:1],
+            )
         index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
         left = self.prompt.shape[1] - int(self.prompt_mask[index].sum(1).max())
         right = int(self.mask[index].sum(1).max())
         return Rollout(
-            self.prompt[index, left:], self.prompt_mask[index, left:], self.response[index, :right],
-            self.mask[index, :right], self.logp[index, :right], self.finished[index],
-        )  # fmt: skip
+            self.prompt[index, left:],
+            self.prompt_mask[index, left:],
+            self.response[index, :right],
+            self.mask[index, :right],
+            self.logp[index, :right],
+            self.finished[index],
+        )
 
 
 def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
@@ -54,12 +64,18 @@ def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     def padded(name: str, left: bool, fill: float) -> Tensor:
         parts = [getattr(r, name) for r in rollouts]
         widths = [(s - p.shape[1], 0) if left else (0, t - p.shape[1]) for p in parts]
-        return torch.cat([nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)])
+        return torch.cat(
+            [nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)]
+        )
 
     return Rollout(
-        padded("prompt", True, pad_id), padded("prompt_mask", True, False), padded("response", False, pad_id),
-        padded("mask", False, False), padded("logp", False, 0.0), torch.cat([r.finished for r in rollouts]),
-    )  # fmt: skip
+        padded("prompt", True, pad_id),
+        padded("prompt_mask", True, False),
+        padded("response", False, pad_id),
+        padded("mask", False, False),
+        padded("logp", False, 0.0),
+        torch.cat([r.finished for r in rollouts]),
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,9 @@ class Batch:
     rollout: Rollout
     advantage: Tensor  # (B,) float32
     weight: Tensor  # (B, T) float32, w of the loss, 0 in rows that do not count
-    logp_old: Tensor | None = None  # (B, T), of the policy before the first of several optimizer steps
+    logp_old: Tensor | None = (
+        None  # (B, T), of the policy before the first of several optimizer steps
+    )
     rows: Sequence[int] = ()  # of a part: its rows' numbers in the whole
 
     def take(self, rows: Sequence[int]) -> "Batch":
@@ -81,7 +99,9 @@ class Batch:
         return Batch(part, self.advantage[at], weight, old, rows)
 
 
-def micro_batches(prompt: Sequence[int], response: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+def micro_batches(
+    prompt: Sequence[int], response: Sequence[int], max_rows: int, max_tokens: int
+) -> list[list[int]]:
     """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
 
     `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest prompt and its longest response.
@@ -93,7 +113,11 @@ def micro_batches(prompt: Sequence[int], response: Sequence[int], max_rows: int,
     wide = long = 0  # of the batch that is being filled
     for row in sorted(range(len(prompt)), key=lambda i: prompt[i] + response[i]):
         wide, long = max(wide, prompt[row]), max(long, response[row])
-        if batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * (wide + long) <= max_tokens:
+        if (
+            batches
+            and len(batches[-1]) < max_rows
+            and (len(batches[-1]) + 1) * (wide + long) <= max_tokens
+        ):
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -52,7 +52,9 @@ def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
 def draw_coins(seeds: Sequence[int], steps: int, vocabulary: int) -> Tensor:
     """Uniforms in [0, 1) for whole responses, (B, steps, ceil(log2 V)), each row from its own generator, on the CPU."""
     levels = math.ceil(math.log2(vocabulary))
-    return torch.stack([torch.rand(steps, levels, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.stack(
+        [torch.rand(steps, levels, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
 
 
 def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
@@ -68,7 +70,9 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     """
     levels = math.ceil(math.log2(probs.shape[1]))
     if probs.ndim != 2 or coins.shape != (probs.shape[0], levels):
-        raise ValueError(f"expected probs (B, V) and coins (B, {levels}), got {tuple(probs.shape)}, {tuple(coins.shape)}")
+        raise ValueError(
+            f"expected probs (B, V) and coins (B, {levels}), got {tuple(probs.shape)}, {tuple(coins.shape)}"
+        )
     tree = [nn.functional.pad(probs, (0, 2**levels - probs.shape[1]))]  # (B, 2^levels)
     while tree[-1].shape[1] > 1:
         pairs = tree[-1].unflatten(1, (-1, 2))  # (B, n, 2)
@@ -83,7 +87,9 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Mask all but the `top_k` likeliest tokens (0: all) and the fewest whose probability reaches `top_p`. (B, V)."""
     ordered, index = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # (B, V), mass of the likelier ones
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+        -1
+    )  # (B, V), mass of the likelier ones
     drop = before >= top_p
     if top_k:
         drop[:, top_k:] = True
@@ -91,7 +97,9 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Token ids and mask, both (P, S)."""
     s = max(len(p) for p in prompts)
     ids = [[pad_id] * (s - len(p)) + list(p) for p in prompts]
@@ -100,19 +108,30 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 def sample_in_batches(
-    model: Callable[..., Any], prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, max_rows: int,
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    how: Sampling,
+    max_rows: int,
     device: torch.device = CPU,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """`sample`, at most `max_rows` rows at a time, in whole groups (at least one)."""
     k = len(seeds) // len(prompts)
     n = max(1, max_rows // k)
-    parts = [sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how, device) for i in range(0, len(prompts), n)]
+    parts = [
+        sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how, device)
+        for i in range(0, len(prompts), n)
+    ]
     return join(parts, how.pad_id)
 
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., Any], prompts: Sequence[Sequence[int]], seeds: Sequence[int], how: Sampling, device: torch.device = CPU
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    how: Sampling,
+    device: torch.device = CPU,
 ) -> Rollout:
     """Sample len(seeds) / len(prompts) = K responses to each prompt; seeds in row order.
 
@@ -123,13 +142,23 @@ def sample(
     if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
     prompt, prompt_mask = left_pad(prompts, how.pad_id, device)  # (P, S)
-    out = model(input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
-                use_cache=True, logits_to_keep=1)  # fmt: skip
+    out = model(
+        input_ids=prompt,
+        attention_mask=prompt_mask.long(),
+        position_ids=positions(prompt_mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
-    kept = "cache" if hasattr(out, "cache") else "past_key_values"  # its name from transformers 5.24 on, and before
+    kept = (
+        "cache" if hasattr(out, "cache") else "past_key_values"
+    )  # its name from transformers 5.24 on, and before
     cache, logits = getattr(out, kept), out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
     cache.batch_repeat_interleave(k)
-    prompt, prompt_mask = prompt.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0)  # (B, S)
+    prompt, prompt_mask = (
+        prompt.repeat_interleave(k, 0),
+        prompt_mask.repeat_interleave(k, 0),
+    )  # (B, S)
     coins = draw_coins(seeds, t_max, logits.shape[1]).to(device)  # (B, T, log2 V)
 
     response = torch.full((b, t_max), how.pad_id, device=device)  # (B, T)
@@ -139,16 +168,24 @@ def sample(
     end_ids = torch.tensor(how.end_ids, dtype=torch.long, device=device)
     alive = torch.arange(b, device=device)  # (n,) rows not yet ended
     for t in range(t_max):
-        logits = policy_logits(logits, torch.full_like(alive, t), how.temperature, end_ids, how.min_new_tokens)  # (n, V)
+        logits = policy_logits(
+            logits, torch.full_like(alive, t), how.temperature, end_ids, how.min_new_tokens
+        )  # (n, V)
         if how.top_k or how.top_p < 1:
             logits = keep_likely(logits, how.top_k, how.top_p)
         token_logp = logits.log_softmax(-1)  # (n, V)
-        token = logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coins[alive, t])  # (n,)
+        token = (
+            logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coins[alive, t])
+        )  # (n,)
         response[alive, t] = token
         logp[alive, t] = token_logp.gather(1, token[:, None])[:, 0]
         ended = torch.isin(token, end_ids)  # (n,)
         if how.end_strings and how.decode is not None and t + 1 >= how.min_new_tokens:
-            ended |= completes(torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1), how.end_strings, how.decode)
+            ended |= completes(
+                torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1),
+                how.end_strings,
+                how.decode,
+            )
         length[alive[ended]] = t + 1
         finished[alive[ended]] = True
         if t + 1 == t_max or bool(ended.all()):
@@ -157,9 +194,16 @@ def sample(
             going = (~ended).nonzero()[:, 0]
             alive, token = alive[going], token[going]
             cache.batch_select_indices(going)
-        seen = torch.cat([prompt_mask[alive], torch.ones_like(response[alive, : t + 1], dtype=torch.bool)], 1)
-        logits = model(input_ids=token[:, None], attention_mask=seen.long(), position_ids=positions(seen)[:, -1:],
-                       use_cache=True, **{kept: cache}).logits[:, -1]  # fmt: skip
+        seen = torch.cat(
+            [prompt_mask[alive], torch.ones_like(response[alive, : t + 1], dtype=torch.bool)], 1
+        )
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=seen.long(),
+            position_ids=positions(seen)[:, -1:],
+            use_cache=True,
+            **{kept: cache},
+        ).logits[:, -1]
 
     t = int(length.max())
     mask = torch.arange(t, device=device) < length[:, None]  # (B, T)
@@ -171,7 +215,9 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def completes(tokens: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Tensor:
+def completes(
+    tokens: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> Tensor:
     """Which responses hold an end string that their last token completed, (n,) bool; tokens (n, 1 + t), the prompt's last first.
 
     Only text after the first of the tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the
@@ -183,5 +229,7 @@ def completes(tokens: Tensor, end_strings: Sequence[str], decode: Callable[[Sequ
         return decode(ids)[len(decode(ids[:1])) :]
 
     tails = tokens[:, -window:].tolist()
-    done = [any(s in said(tail) and s not in said(tail[:-1]) for s in end_strings) for tail in tails]
+    done = [
+        any(s in said(tail) and s not in said(tail[:-1]) for s in end_strings) for tail in tails
+    ]
     return torch.tensor(done, device=tokens.device)

@@ -33,9 +33,16 @@ class Prompt:
 
 def is_chat(value: Any) -> bool:
     """Whether a value is a conversation: a list of {"role": str, "content": str}, not empty."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )  # fmt: skip
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -45,22 +52,30 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """
     own_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(text, add_special_tokens=not own_begin)["input_ids"]
-    adds_end = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    adds_end = (
+        ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    )
     return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], where: str, date: str | None = None, **how: Any) -> str:
+def render(
+    tokenizer: Any, messages: list[dict[str, str]], where: str, date: str | None = None, **how: Any
+) -> str:
     """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it.
 
     Some templates print the day, by `strftime_now`; `date`, YYYY-MM-DD, is then that day and not today, so that a prompt has the
     same tokens when a run goes on tomorrow. The tokenizer's own template stays as it is.
     """
     if date is not None and "strftime_now" in str(tokenizer.chat_template):
-        how["chat_template"] = at_day(tokenizer.get_chat_template(), datetime.date.fromisoformat(date))
+        how["chat_template"] = at_day(
+            tokenizer.get_chat_template(), datetime.date.fromisoformat(date)
+        )
     try:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
     except Exception as error:  # templates raise what they like
-        raise ConfigError(f"{where}: the chat template refuses {messages!r:.200} ({error})") from error
+        raise ConfigError(
+            f"{where}: the chat template refuses {messages!r:.200} ({error})"
+        ) from error
 
 
 def at_day(template: str, day: datetime.date) -> str:
@@ -69,13 +84,20 @@ def at_day(template: str, day: datetime.date) -> str:
     >>> print(at_day("{{ strftime_now('%d %b') }}", datetime.date(2024, 7, 26))[-30:])
     {{ strftime_of_day('%d %b') }}
     """
-    directives = [*(f"%-{letter}" for letter in "dmHIMSj"), *(f"%{letter}" for letter in "aAbBcdeDFGHIjmMpSTuUVwWxXyYZ")]
-    filters = "".join(f" | replace({directive!r}, {day.strftime(directive)!r})" for directive in directives)
+    directives = [
+        *(f"%-{letter}" for letter in "dmHIMSj"),
+        *(f"%{letter}" for letter in "aAbBcdeDFGHIjmMpSTuUVwWxXyYZ"),
+    ]
+    filters = "".join(
+        f" | replace({directive!r}, {day.strftime(directive)!r})" for directive in directives
+    )
     macro = "{%- macro strftime_of_day(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
     return macro + re.sub(r"\bstrftime_now(?=\s*\()", "strftime_of_day", template)
 
 
-def decoded(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip_special_tokens: bool) -> str:
+def decoded(
+    tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip_special_tokens: bool
+) -> str:
     """The response's part of the decoded whole."""
     how = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     whole: str = tokenizer.decode([*prompt, *response], **how)
@@ -84,7 +106,9 @@ def decoded(tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
     """Token ids of each row's response, end token included."""
-    return [row[:n] for row, n in zip(rollout.response.tolist(), rollout.length.tolist(), strict=True)]
+    return [
+        row[:n] for row, n in zip(rollout.response.tolist(), rollout.length.tolist(), strict=True)
+    ]
 
 
 def reward_requests(
@@ -105,14 +129,20 @@ def reward_requests(
         rows = [(prompts[b // k], ids[b]) for b in numbers]
         plain = [decoded(tokenizer, p.ids, r, skip_special_tokens=True) for p, r in rows]
         request: dict[str, list[Any]] = {
-            "prompts": [p.text for p, _ in rows], "finished": [finished[b] for b in numbers], "completions": plain,
-        }  # fmt: skip
+            "prompts": [p.text for p, _ in rows],
+            "finished": [finished[b] for b in numbers],
+            "completions": plain,
+        }
         if any(p.label is not None for p, _ in rows):
             request["labels"] = [p.label for p, _ in rows]
         if as_messages:
             said = [{"role": "assistant", "content": text} for text in plain]
-            request["messages"] = [[*(p.messages or []), answer] for (p, _), answer in zip(rows, said, strict=True)]
+            request["messages"] = [
+                [*(p.messages or []), answer] for (p, _), answer in zip(rows, said, strict=True)
+            ]
         else:
-            request["query"] = [p.text + decoded(tokenizer, p.ids, r, skip_special_tokens=False) for p, r in rows]
+            request["query"] = [
+                p.text + decoded(tokenizer, p.ids, r, skip_special_tokens=False) for p, r in rows
+            ]
         requests.append((numbers, request))
     return requests

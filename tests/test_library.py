@@ -54,11 +54,10 @@ def test_a_wheel_holds_every_module_and_can_be_imported_from_elsewhere(tmp_path)
     assert out.stdout.strip() == str(tmp_path / "site/reinforce/__init__.py"), out.stderr
 
 
-def test_the_library_example_is_25_lines_and_makes_a_step(small):
+def test_the_library_example_is_26_lines_and_makes_a_step(small):
     lines = (ROOT / "recipes/library.py").read_text().split('"""\n', 2)[1].splitlines()
-    assert sum(bool(line.strip()) for line in lines) <= 25
-    import_line = next(line for line in lines if line.startswith("from reinforce"))
-    assert "recipes" not in import_line and sum(line.startswith("from") for line in lines) == 1
+    assert sum(bool(line.strip()) for line in lines) <= 26
+    assert {line for line in lines if "import" in line} == {"import sys", "import torch", "import reinforce"}
     prompts = [f"{person} on the pizza in rome :" for person in toy.PEOPLE[:2]]
     out = subprocess.run([sys.executable, "recipes/library.py", str(small / "policy"), *prompts], cwd=ROOT, text=True,
                          capture_output=True, env=environment(PYTHONPATH=ROOT))  # fmt: skip

@@ -12,11 +12,7 @@ from conftest import ROOT, environment
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SLOW = ("python3 -m venv", "./launch.sh smollm2", "./launch.sh --initial", "./launch.sh compare")
-COVERED = (
-    "torchrun --nproc",
-    "torchrun train.py --log-dir",
-    "toy=$(python",
-)  # other tests run their like; these words: -m slow
+COVERED = ("torchrun --nproc", "torchrun train.py --log-dir", "toy=$(python")  # other tests run their like; these words: -m slow
 ELSEWHERE = ("./launch.sh hh",)  # its data is not ours: test_recipes.py runs it on pairs of its own
 TESTS = ".venv/bin/python -m pytest\n"  # this very run; .ci/run calls it by that name
 

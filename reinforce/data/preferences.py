@@ -81,7 +81,10 @@ def parse_pair(record: Any) -> Preference:
     chosen, rejected = side(record, "chosen"), side(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UnusablePairError("replies to different prompts")
-    if any(re.search(r"\n\n(Human|Assistant):", messages[-1]["content"]) for messages in (chosen, rejected)):
+    if any(
+        re.search(r"\n\n(Human|Assistant):", messages[-1]["content"])
+        for messages in (chosen, rejected)
+    ):
         raise UnusablePairError("a reply in two turns, so it is unclear where the prompt ends")
     if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
         raise UnusablePairError("an empty reply")
@@ -90,7 +93,9 @@ def parse_pair(record: Any) -> Preference:
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def read_pairs(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[list[Preference], dict[str, int]]:
+def read_pairs(
+    source: str, flag: str, skip_bad_lines: bool = False
+) -> tuple[list[Preference], dict[str, int]]:
     """The usable pairs of a file, folder or hub data set, and a count by reason of what is odd or was left out.
 
     Raises ConfigError on malformed lines, unless they are skipped.
@@ -117,7 +122,9 @@ def read_pairs(source: str, flag: str, skip_bad_lines: bool = False) -> tuple[li
     return pairs, dict(odd)
 
 
-def split_by_opening(pairs: Sequence[Preference], share: float, seed: int = 0) -> tuple[list[Preference], list[Preference]]:
+def split_by_opening(
+    pairs: Sequence[Preference], share: float, seed: int = 0
+) -> tuple[list[Preference], list[Preference]]:
     """Pairs to train on and pairs held out, about `share` of all; conversations that open alike are on the same side.
 
     What opens a conversation is its first message after the system's.

@@ -41,7 +41,11 @@ def parse_line(line: bytes) -> Any:
 
 
 def read_records(
-    source: str, flag: str, check: Callable[[Any], T], skip_bad_lines: bool = False, what: str = "prompts"
+    source: str,
+    flag: str,
+    check: Callable[[Any], T],
+    skip_bad_lines: bool = False,
+    what: str = "prompts",
 ) -> tuple[list[T], int]:
     """What `check` makes of each line or row, and how many bad ones were skipped.
 
@@ -55,7 +59,9 @@ def read_records(
                 records.append(check(parse_line(value) if isinstance(value, bytes) else value))
             except BadLineError as error:
                 if not skip_bad_lines:
-                    raise ConfigError(f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)") from error
+                    raise ConfigError(
+                        f"{where}: {error} ({flag}; --skip-bad-lines leaves such lines out)"
+                    ) from error
                 bad += 1
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{flag} {source}: cannot be read ({error})") from error
@@ -74,10 +80,16 @@ def _items(source: str, flag: str) -> Iterator[tuple[str, bytes | dict[str, Any]
         return
     name, _, split = (source, "", "") if path.is_dir() else source.partition(":")
     local = Path(name).is_dir()
-    if not local and (name.endswith((".jsonl", ".json", ".gz")) or name.startswith((".", "/", "~"))):
+    if not local and (
+        name.endswith((".jsonl", ".json", ".gz")) or name.startswith((".", "/", "~"))
+    ):
         raise ConfigError(f"{flag} {source}: no such file")
     if not local:
-        print(f"{flag} {source}: no such file here, asking the Hugging Face hub ...", file=sys.stderr, flush=True)
+        print(
+            f"{flag} {source}: no such file here, asking the Hugging Face hub ...",
+            file=sys.stderr,
+            flush=True,
+        )
     import datasets
 
     datasets.utils.logging.disable_progress_bar()
@@ -85,7 +97,14 @@ def _items(source: str, flag: str) -> Iterator[tuple[str, bytes | dict[str, Any]
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # it raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        place = "datasets cannot read this folder" if local else "neither a file here nor a data set on the hub"
+        place = (
+            "datasets cannot read this folder"
+            if local
+            else "neither a file here nor a data set on the hub"
+        )
         raise ConfigError(f"{flag} {source}: {place} ({reason})") from error
     for number, row in enumerate(rows, 1):
-        yield f"{source} row {number}", {key: value for key, value in row.items() if value is not None}
+        yield (
+            f"{source} row {number}",
+            {key: value for key, value in row.items() if value is not None},
+        )

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from reinforce import device as devices
 from reinforce.logprobs import Scorer
-from reinforce.refused import SAMPLED, VALIDATION, Refusals, RefusedRowError, Row, rewards_but_refused
+from reinforce.refused import (
+    SAMPLED,
+    VALIDATION,
+    Refusals,
+    RefusedRowError,
+    Row,
+    rewards_but_refused,
+)
 from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rollout import Batch, Rollout, micro_batches
 from reinforce.run import distributed
@@ -53,7 +60,9 @@ class Actor:
     tokenizer: Any
     model: nn.Module  # the policy
     policy: Scorer  # the same parameters: `decode` for sampling
-    scorer: nn.Module  # the same again, as the module whose forward gives logp: the one that DDP or FSDP wraps
+    scorer: (
+        nn.Module
+    )  # the same again, as the module whose forward gives logp: the one that DDP or FSDP wraps
     reference: nn.Module | None  # scorer of the frozen initial policy; None if beta = 0
     client: RewardClient
     training: Sampling
@@ -73,7 +82,14 @@ class Actor:
         with self.clock("rollout"), distributed.gathered(self.policy):
             return self.respond(prompts, 1, step, dataclasses.replace(self.training, greedy=True))
 
-    def respond(self, prompts: Sequence[Prompt], k: int, step: int, sampling: Sampling, max_rows: int | None = None) -> Rollout:
+    def respond(
+        self,
+        prompts: Sequence[Prompt],
+        k: int,
+        step: int,
+        sampling: Sampling,
+        max_rows: int | None = None,
+    ) -> Rollout:
         """k responses to each prompt, each row with random numbers of its own, at most `max_rows` rows at a time.
 
         Call it under `distributed.gathered(actor.policy)`: ranks stop at different lengths.
@@ -81,7 +97,9 @@ class Actor:
         seeds = [row_seed(self.config.seed, step, p.index, j) for p in prompts for j in range(k)]
         rows = max_rows or self.config.rollout_micro_batch_size
         with devices.autocast(self.device, self.bf16):
-            return sample_in_batches(self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device)
+            return sample_in_batches(
+                self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device
+            )
 
     def reward(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Tensor:
         """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along.
@@ -95,24 +113,41 @@ class Actor:
                 self.refusals.take([row for rows in distributed.gather([refused]) for row in rows])
         return reward
 
-    def ask(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0) -> tuple[Tensor, list[Row]]:
+    def ask(
+        self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0
+    ) -> tuple[Tensor, list[Row]]:
         """`reward` of one rank alone, and the rows that are NaN; raises RefusedRowError where more than `most` are refused."""
-        reward, refused = torch.empty(len(rollout.finished), dtype=torch.float64), list[Row]()  # (B,)
+        reward, refused = (
+            torch.empty(len(rollout.finished), dtype=torch.float64),
+            list[Row](),
+        )  # (B,)
 
         def row(b: int, response: str, answer: str) -> Row:
             prompt = prompts[b * len(prompts) // len(reward)]
-            return {"index": prompt.index, "prompt": prompt.text, "response": response, "answer": answer, "kind": kind}
+            return {
+                "index": prompt.index,
+                "prompt": prompt.text,
+                "response": response,
+                "answer": answer,
+                "kind": kind,
+            }
 
-        for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query"):
+        for rows, request in reward_requests(
+            self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query"
+        ):
             said = request["completions"]
             try:
                 values, answers = rewards_but_refused(self.client, request, most - len(refused))
             except RefusedError as error:
                 if error.index is None:
                     raise
-                raise RefusedRowError(row(rows[error.index], said[error.index], str(error))) from error
+                raise RefusedRowError(
+                    row(rows[error.index], said[error.index], str(error))
+                ) from error
             refused += [row(rows[i], said[i], answer) for i, answer in answers.items()]
-            reward[rows] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
+            reward[rows] = torch.tensor(
+                [torch.nan if v is None else v for v in values], dtype=torch.float64
+            )
         return reward, refused
 
     def reference_logp(self, rollout: Rollout) -> Tensor | None:
@@ -130,7 +165,9 @@ class Actor:
     def score(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
         """logp of every response token under `scorer`, (B, T) float32, in micro-batches; 0 outside the mask."""
         logp = torch.zeros_like(rollout.logp)  # (B, T)
-        for rows in distributed.in_step(micro_batches(*rollout.lengths, self.config.forward_micro_batch_size, sys.maxsize)):
+        for rows in distributed.in_step(
+            micro_batches(*rollout.lengths, self.config.forward_micro_batch_size, sys.maxsize)
+        ):
             part = rollout.take(rows)
             logp[rows, : part.mask.shape[1]] = self._forward(scorer, part)[: len(rows)]
         return logp
@@ -142,7 +179,9 @@ class Actor:
         """
         config = self.config
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
-        parts = distributed.in_step(micro_batches(prompt, response, config.micro_batch_size, config.micro_batch_tokens))
+        parts = distributed.in_step(
+            micro_batches(prompt, response, config.micro_batch_size, config.micro_batch_tokens)
+        )
         for i, part in enumerate(parts):
             with distributed.accumulating(self.scorer, last=i + 1 == len(parts)):
                 yield batch.take([update.rows[j] for j in part])
@@ -153,5 +192,7 @@ class Actor:
 
     def _forward(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
         with devices.autocast(self.device, self.bf16):
-            logp: Tensor = scorer(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)  # (B, T)
+            logp: Tensor = scorer(
+                rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask
+            )  # (B, T)
             return logp

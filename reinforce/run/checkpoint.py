@@ -32,9 +32,14 @@ OPTIMIZER = "training/optimizer.safetensors"  # inference engines read every *.s
 
 
 def save(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, tokenizer: Any, state: dict[str, Any],
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    tokenizer: Any,
+    state: dict[str, Any],
     keep_best: int,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the checkpoint of `step` finished steps; keep the last one and the `keep_best` best by state["val_reward"].
 
     Every rank calls it, rank 0 writes. Raises FailedError on all of them if the disk is full; older checkpoints are then untouched.
@@ -62,7 +67,9 @@ def save(
             flush(parent)
         except Exception as error:  # Python's, safetensors' and tokenizers' own kinds
             shutil.rmtree(partial, ignore_errors=True)
-            needed = sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()])
+            needed = sum(
+                t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]
+            )
             free = shutil.disk_usage(run).free
             raise FailedError(
                 f"the checkpoint of step {step} could not be written to {parent}: {error} ({needed / 2**20:.0f} MiB needed, "
@@ -86,7 +93,9 @@ def _whole(tensors: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, own
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+def _moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
             yield f"{name}.{key}", value
@@ -106,13 +115,19 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         own = {name for name, _ in model.named_parameters()}
         strange = sorted(name for name in names if name.rpartition(".")[0] not in own)
         if strange:
-            raise FailedError(f"{folder}: its optimizer state names parameters that this model does not have ({strange[0]}, ...)")
+            raise FailedError(
+                f"{folder}: its optimizer state names parameters that this model does not have ({strange[0]}, ...)"
+            )
         for name, parameter in model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in names]
             values = {key: file.get_tensor(f"{name}.{key}") for key in keys}
             if values:
-                placed = {key: value.to(parameter.device) if key == "step" else distributed.shard(value, parameter)
-                          for key, value in values.items()}  # fmt: skip
+                placed = {
+                    key: value.to(parameter.device)
+                    if key == "step"
+                    else distributed.shard(value, parameter)
+                    for key, value in values.items()
+                }
                 optimizer.state[parameter] = placed
 
 
@@ -124,7 +139,10 @@ def state(folder: Path) -> dict[str, Any]:
 def seal(folder: Path) -> None:
     """Write the manifest of the files in a folder and flush all of it to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+    }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
     for path in [*folder.rglob("*"), folder]:
         flush(path)
@@ -170,9 +188,15 @@ def newest(run: Path) -> Path | None:
         reason = flaw(folder)
         if reason is None:
             return folder
-        print(f"!! {folder} is damaged: {reason}. Looking for an older one", file=sys.stderr, flush=True)
+        print(
+            f"!! {folder} is damaged: {reason}. Looking for an older one",
+            file=sys.stderr,
+            flush=True,
+        )
     if found:
-        raise ConfigError(f"--log-dir {run}: none of its {len(found)} checkpoints is whole; move checkpoints/ away to start again")
+        raise ConfigError(
+            f"--log-dir {run}: none of its {len(found)} checkpoints is whole; move checkpoints/ away to start again"
+        )
     return None
 
 

@@ -15,16 +15,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the flags of the tutorial's launch script, then its configuration file's: |k1| averaged over a response's tokens, token means;
     # its file has AdamW's betas at 0.9/0.98. A beta on a mean of |k1| weighs about beta / length on a sum
     "nemo-aligner": {
-        "baseline": "rloo", "initial_policy_kl_penalty": 0.01, "max_epochs": 1, "max_steps": 313, "val_check_interval": 4,
-        "save_top_k": 1, "lr": 1e-6, "weight_decay": 0.01,
-        "num_rollout_samples": 16, "num_rollouts_per_prompt": 4, "global_batch_size": 16, "micro_batch_size": 1,
-        "rollout_micro_batch_size": 4, "forward_micro_batch_size": 4, "val_rollout_micro_batch_size": 4,
-        "kl": "abs", "kl_reduce": "mean", "loss_norm": "length",
-    },
-}  # fmt: skip
+        "baseline": "rloo",
+        "initial_policy_kl_penalty": 0.01,
+        "max_epochs": 1,
+        "max_steps": 313,
+        "val_check_interval": 4,
+        "save_top_k": 1,
+        "lr": 1e-6,
+        "weight_decay": 0.01,
+        "num_rollout_samples": 16,
+        "num_rollouts_per_prompt": 4,
+        "global_batch_size": 16,
+        "micro_batch_size": 1,
+        "rollout_micro_batch_size": 4,
+        "forward_micro_batch_size": 4,
+        "val_rollout_micro_batch_size": 4,
+        "kl": "abs",
+        "kl_reduce": "mean",
+        "loss_norm": "length",
+    }
+}
 
 
-LANGUAGE_MODEL: dict[str, Any] = {"lr": 1e-6, "max_new_tokens": 256}  # the toy's are in recipes/toy.py
+LANGUAGE_MODEL: dict[str, Any] = {
+    "lr": 1e-6,
+    "max_new_tokens": 256,
+}  # the toy's are in recipes/toy.py
 
 
 def baseline_name(text: str) -> str:
@@ -32,7 +48,9 @@ def baseline_name(text: str) -> str:
     if text.lower() in BASELINES:
         return text.lower()
     if ".py" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(BASELINES)}, and no FILE.py:NAME")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(BASELINES)}, and no FILE.py:NAME"
+        )
     return text
 
 
@@ -42,80 +60,188 @@ class TrainConfig:
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
-    preset: str | None = flag(None, "model and data", "other defaults; nemo-aligner: the tutorial's own", choices=tuple(PRESETS))
-    policy: str | None = flag(None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id")
-    train_data: str | None = flag(None, "model and data", 'prompts, jsonl: {"prompt"}, {"text"} or {"messages"} a line')
-    val_data: str | None = flag(None, "model and data", "prompts of validation, likewise (default with own data: no validation)")
+    preset: str | None = flag(
+        None,
+        "model and data",
+        "other defaults; nemo-aligner: the tutorial's own",
+        choices=tuple(PRESETS),
+    )
+    policy: str | None = flag(
+        None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id"
+    )
+    train_data: str | None = flag(
+        None, "model and data", 'prompts, jsonl: {"prompt"}, {"text"} or {"messages"} a line'
+    )
+    val_data: str | None = flag(
+        None,
+        "model and data",
+        "prompts of validation, likewise (default with own data: no validation)",
+    )
     max_prompt_length: int = flag(1024, "model and data", "drop longer prompts, tokens")
-    skip_bad_lines: bool = flag(False, "model and data", "leave out malformed prompt lines and count them, instead of refusing")
+    skip_bad_lines: bool = flag(
+        False,
+        "model and data",
+        "leave out malformed prompt lines and count them, instead of refusing",
+    )
 
     rm_host: str | None = flag(None, "reward server", "host of serve_rm.py")
     rm_port: int | None = flag(None, "reward server", "its port")
     rm_wait: float = flag(0.0, "reward server", "seconds to wait for it at the start; 0: one try")
-    rm_format: str = flag("auto", "reward server", "what it is sent: messages for message prompts, else text; query: always text",
-                          choices=("auto", "query"))  # fmt: skip
-    skip_refused: int = flag(0, "reward server", "sampled responses of a run that the server may refuse: left out (biased)")
-    rm_fingerprint: str | None = flag(None, "reward server", "sha256 that its /info must show (default: trust the first answer)")
+    rm_format: str = flag(
+        "auto",
+        "reward server",
+        "what it is sent: messages for message prompts, else text; query: always text",
+        choices=("auto", "query"),
+    )
+    skip_refused: int = flag(
+        0,
+        "reward server",
+        "sampled responses of a run that the server may refuse: left out (biased)",
+    )
+    rm_fingerprint: str | None = flag(
+        None, "reward server", "sha256 that its /info must show (default: trust the first answer)"
+    )
 
-    baseline: str = flag("rloo", "objective", f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "
-                         "a function f(R, valid) of your own", type=baseline_name)  # fmt: skip
-    initial_policy_kl_penalty: float = flag(0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded")
-    kl: str = flag("k1", "objective", "per token, in the reward; abs: |k1|, the tutorial's (biased)", choices=tuple(KL))
-    kl_reduce: str = flag("sum", "objective", "over a response's tokens; mean: the tutorial's (biased)", choices=("sum", "mean"))
-    truncated: str = flag("keep", "objective", "unfinished responses: keep; drop from baseline and loss (biased); penalize",
-                          choices=("keep", "drop", "penalize"))  # fmt: skip
-    missing_eos_penalty: float | None = flag(None, "objective", "what --truncated penalize takes off their reward")
-    loss_norm: str = flag("sequence", "objective", "token sum over rows; over tokens; token mean over rows (the tutorial's)",
-                          choices=("sequence", "token", "length"))  # fmt: skip
-    ratio_clip: float = flag(0.2, "objective", "epsilon of the clipped ratio, if --global-batch-size gives several optimizer steps")
+    baseline: str = flag(
+        "rloo",
+        "objective",
+        f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "
+        "a function f(R, valid) of your own",
+        type=baseline_name,
+    )
+    initial_policy_kl_penalty: float = flag(
+        0.05, "objective", "beta, reward per nat of KL to the initial policy; 0: none loaded"
+    )
+    kl: str = flag(
+        "k1",
+        "objective",
+        "per token, in the reward; abs: |k1|, the tutorial's (biased)",
+        choices=tuple(KL),
+    )
+    kl_reduce: str = flag(
+        "sum",
+        "objective",
+        "over a response's tokens; mean: the tutorial's (biased)",
+        choices=("sum", "mean"),
+    )
+    truncated: str = flag(
+        "keep",
+        "objective",
+        "unfinished responses: keep; drop from baseline and loss (biased); penalize",
+        choices=("keep", "drop", "penalize"),
+    )
+    missing_eos_penalty: float | None = flag(
+        None, "objective", "what --truncated penalize takes off their reward"
+    )
+    loss_norm: str = flag(
+        "sequence",
+        "objective",
+        "token sum over rows; over tokens; token mean over rows (the tutorial's)",
+        choices=("sequence", "token", "length"),
+    )
+    ratio_clip: float = flag(
+        0.2,
+        "objective",
+        "epsilon of the clipped ratio, if --global-batch-size gives several optimizer steps",
+    )
     ema_decay: float = flag(0.9, "objective", "share of the ema baseline that one step keeps")
 
     num_rollout_samples: int = flag(16, "batch sizes", "P, prompts per step over all ranks")
     num_rollouts_per_prompt: int = flag(4, "batch sizes", "K, responses per prompt")
-    global_batch_size: int | None = flag(None, "batch sizes", "responses per optimizer step over all ranks (default: P*K)")
+    global_batch_size: int | None = flag(
+        None, "batch sizes", "responses per optimizer step over all ranks (default: P*K)"
+    )
     micro_batch_size: int = flag(32, "batch sizes", "rows of one forward and backward pass")
     micro_batch_tokens: int = flag(16384, "batch sizes", "and its tokens at most, padding included")
-    rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together, rounded down to whole groups")
+    rollout_micro_batch_size: int = flag(
+        64, "batch sizes", "rows sampled together, rounded down to whole groups"
+    )
     forward_micro_batch_size: int = flag(64, "batch sizes", "rows of one reference pass")
-    val_rollout_micro_batch_size: int = flag(64, "batch sizes", "rows sampled together in validation")
+    val_rollout_micro_batch_size: int = flag(
+        64, "batch sizes", "rows sampled together in validation"
+    )
 
-    temperature: float = flag(1.0, "sampling", "of training; the policy that is trained is softmax(logits / temperature)")
-    max_new_tokens: int = flag(None, "sampling", "response length at most, tokens (default: 256; the toy's: 24)")  # until `filled`
+    temperature: float = flag(
+        1.0, "sampling", "of training; the policy that is trained is softmax(logits / temperature)"
+    )
+    max_new_tokens: int = flag(
+        None, "sampling", "response length at most, tokens (default: 256; the toy's: 24)"
+    )  # until `filled`
     min_new_tokens: int = flag(0, "sampling", "no end token before so many tokens")
-    end_strings: tuple[str, ...] = flag((), "sampling", "texts that end a response, beside the end tokens", nargs="+")
-    top_k: int = flag(0, "sampling", "refused: truncated sampling trains another policy than the one scored")
+    end_strings: tuple[str, ...] = flag(
+        (), "sampling", "texts that end a response, beside the end tokens", nargs="+"
+    )
+    top_k: int = flag(
+        0, "sampling", "refused: truncated sampling trains another policy than the one scored"
+    )
     top_p: float = flag(1.0, "sampling", "refused, likewise")
     val_temperature: float = flag(1.0, "sampling", "of validation")
     val_top_k: int = flag(0, "sampling", "of validation: likeliest tokens kept; 0: all")
     val_top_p: float = flag(1.0, "sampling", "of validation: probability mass kept")
     val_greedy: bool = flag(False, "sampling", "validation takes the likeliest token")
 
-    lr: float = flag(None, "optimizer", "peak learning rate of AdamW (default: 1e-6; the toy's: 7e-4)")  # until `filled`
-    min_lr: float | None = flag(None, "optimizer", "final learning rate (default: --lr, a constant rate)")
+    lr: float = flag(
+        None, "optimizer", "peak learning rate of AdamW (default: 1e-6; the toy's: 7e-4)"
+    )  # until `filled`
+    min_lr: float | None = flag(
+        None, "optimizer", "final learning rate (default: --lr, a constant rate)"
+    )
     warmup_steps: int = flag(0, "optimizer", "steps of linear warm-up")
     constant_steps: int = flag(0, "optimizer", "last steps at --min-lr, after the cosine")
     weight_decay: float = flag(0.0, "optimizer", "AdamW's, on matrices")
-    adam_betas: tuple[float, ...] = flag((0.9, 0.95), "optimizer", "AdamW's two decay rates", nargs=2, type=float)
+    adam_betas: tuple[float, ...] = flag(
+        (0.9, 0.95), "optimizer", "AdamW's two decay rates", nargs=2, type=float
+    )
     max_grad_norm: float = flag(1.0, "optimizer", "clip the gradient to this length; 0: never")
 
     max_epochs: int | None = flag(1, "run", "times through the prompts")
-    max_steps: int | None = flag(None, "run", "steps at most; fewer if --max-epochs ends before (default: as the epochs give)")
-    val_check_interval: int = flag(25, "run", "steps between validations; one comes before the first step, one at the end")
-    save_interval: int | None = flag(None, "run", "steps between checkpoints (default: --val-check-interval)")
-    save_top_k: int = flag(1, "run", "checkpoints kept beside the last one: those of the best validation reward")
-    log_dir: str | None = flag(None, "run", "run folder (default: a new runs/NAME-TIME, and runs/latest points to it)")
-    resume: str = flag("auto", "run", "auto: go on with the run in --log-dir, if it is this one; must: or end; never: only anew",
-                       choices=("auto", "must", "never"))  # fmt: skip
-    max_time_per_run: str | None = flag(None, "run", "DD:HH:MM:SS after which to finish the step, save and end with code 75")
+    max_steps: int | None = flag(
+        None,
+        "run",
+        "steps at most; fewer if --max-epochs ends before (default: as the epochs give)",
+    )
+    val_check_interval: int = flag(
+        25, "run", "steps between validations; one comes before the first step, one at the end"
+    )
+    save_interval: int | None = flag(
+        None, "run", "steps between checkpoints (default: --val-check-interval)"
+    )
+    save_top_k: int = flag(
+        1, "run", "checkpoints kept beside the last one: those of the best validation reward"
+    )
+    log_dir: str | None = flag(
+        None, "run", "run folder (default: a new runs/NAME-TIME, and runs/latest points to it)"
+    )
+    resume: str = flag(
+        "auto",
+        "run",
+        "auto: go on with the run in --log-dir, if it is this one; must: or end; never: only anew",
+        choices=("auto", "must", "never"),
+    )
+    max_time_per_run: str | None = flag(
+        None, "run", "DD:HH:MM:SS after which to finish the step, save and end with code 75"
+    )
     seed: int = flag(0, "run", "of the prompt order and of every draw")
 
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "bf16: bfloat16 matrix products over float32 weights; auto: where it is fast",
-                          choices=("auto", "fp32", "bf16"))  # fmt: skip
-    parallel: str = flag("ddp", "hardware", "of several processes: ddp, each has all parameters; fsdp, each has a part",
-                         choices=("ddp", "fsdp"))  # fmt: skip
-    gradient_checkpointing: bool = flag(False, "hardware", "keep no activations inside a block, compute them again: less memory")
-    deterministic: bool = flag(False, "hardware", "on a GPU: only algorithms that repeat bitwise (a CPU's always do)")
+    precision: str = flag(
+        "auto",
+        "hardware",
+        "bf16: bfloat16 matrix products over float32 weights; auto: where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
+    parallel: str = flag(
+        "ddp",
+        "hardware",
+        "of several processes: ddp, each has all parameters; fsdp, each has a part",
+        choices=("ddp", "fsdp"),
+    )
+    gradient_checkpointing: bool = flag(
+        False, "hardware", "keep no activations inside a block, compute them again: less memory"
+    )
+    deterministic: bool = flag(
+        False, "hardware", "on a GPU: only algorithms that repeat bitwise (a CPU's always do)"
+    )
 
     def filled(self, defaults: dict[str, Any] = LANGUAGE_MODEL) -> "TrainConfig":
         """With the defaults that depend on what is trained. Raises ConfigError where they do not go with the other flags."""
@@ -126,33 +252,71 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
-        refuse(self, positive=(
-            "num_rollout_samples", "num_rollouts_per_prompt", "micro_batch_size", "micro_batch_tokens",
-            "rollout_micro_batch_size", "forward_micro_batch_size", "val_rollout_micro_batch_size", "max_new_tokens",
-            "max_prompt_length", "temperature", "val_temperature", "lr", "max_epochs", "max_steps", "val_check_interval",
-            "save_interval",
-        ), not_negative=(
-            "initial_policy_kl_penalty", "rm_wait", "min_new_tokens", "warmup_steps", "constant_steps", "weight_decay",
-            "max_grad_norm", "val_top_k", "min_lr", "skip_refused", "save_top_k", "missing_eos_penalty",
-        ))  # fmt: skip
+        refuse(
+            self,
+            positive=(
+                "num_rollout_samples",
+                "num_rollouts_per_prompt",
+                "micro_batch_size",
+                "micro_batch_tokens",
+                "rollout_micro_batch_size",
+                "forward_micro_batch_size",
+                "val_rollout_micro_batch_size",
+                "max_new_tokens",
+                "max_prompt_length",
+                "temperature",
+                "val_temperature",
+                "lr",
+                "max_epochs",
+                "max_steps",
+                "val_check_interval",
+                "save_interval",
+            ),
+            not_negative=(
+                "initial_policy_kl_penalty",
+                "rm_wait",
+                "min_new_tokens",
+                "warmup_steps",
+                "constant_steps",
+                "weight_decay",
+                "max_grad_norm",
+                "val_top_k",
+                "min_lr",
+                "skip_refused",
+                "save_top_k",
+                "missing_eos_penalty",
+            ),
+        )
         k = self.num_rollouts_per_prompt
         if self.baseline in BASELINES and k < BASELINES[self.baseline](0.0).min_k:
-            raise ConfigError(f"--baseline {self.baseline} compares responses of one prompt: --num-rollouts-per-prompt is {k}, "
-                              "give 2 or more, or take --baseline remax")  # fmt: skip
+            raise ConfigError(
+                f"--baseline {self.baseline} compares responses of one prompt: --num-rollouts-per-prompt is {k}, "
+                "give 2 or more, or take --baseline remax"
+            )
         if self.top_k or self.top_p != 1.0:
-            raise ConfigError("--top-k and --top-p would sample from another policy than the one that is scored and trained; "
-                              "drop them (--val-top-k and --val-top-p are allowed)")  # fmt: skip
+            raise ConfigError(
+                "--top-k and --top-p would sample from another policy than the one that is scored and trained; "
+                "drop them (--val-top-k and --val-top-p are allowed)"
+            )
         if self.max_new_tokens is not None and self.min_new_tokens >= self.max_new_tokens:
-            raise ConfigError(f"--min-new-tokens {self.min_new_tokens} leaves no room below --max-new-tokens {self.max_new_tokens}")
+            raise ConfigError(
+                f"--min-new-tokens {self.min_new_tokens} leaves no room below --max-new-tokens {self.max_new_tokens}"
+            )
         if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
-            raise ConfigError(f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
-                              f"--num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more")  # fmt: skip
+            raise ConfigError(
+                f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a group: give "
+                f"--num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more"
+            )
         whole, g = self.num_rollout_samples * k, self.global_batch_size
         if g is not None and (g <= 0 or g % k or whole % g):
-            raise ConfigError(f"--global-batch-size {g} must be a multiple of --num-rollouts-per-prompt {k} that divides "
-                              f"--num-rollout-samples * --num-rollouts-per-prompt = {whole}")  # fmt: skip
+            raise ConfigError(
+                f"--global-batch-size {g} must be a multiple of --num-rollouts-per-prompt {k} that divides "
+                f"--num-rollout-samples * --num-rollouts-per-prompt = {whole}"
+            )
         if (self.truncated == "penalize") != (self.missing_eos_penalty is not None):
-            raise ConfigError("--truncated penalize and --missing-eos-penalty, what an unfinished response loses, come together")
+            raise ConfigError(
+                "--truncated penalize and --missing-eos-penalty, what an unfinished response loses, come together"
+            )
         if not self.ratio_clip > 0:
             raise ConfigError(f"--ratio-clip is {self.ratio_clip}; it must be positive")
         if not 0 <= self.ema_decay < 1:
@@ -164,7 +328,9 @@ class TrainConfig:
         if (self.rm_host is None) != (self.rm_port is None):
             raise ConfigError("--rm-host and --rm-port come together")
         if self.rm_host is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", self.rm_host):
-            raise ConfigError(f"--rm-host {self.rm_host!r} is no host: give a name or an address, without http:// and port")
+            raise ConfigError(
+                f"--rm-host {self.rm_host!r} is no host: give a name or an address, without http:// and port"
+            )
         if self.rm_port is not None and not 0 < self.rm_port < 65536:
             raise ConfigError(f"--rm-port is {self.rm_port}; it must be in 1 to 65535")
         if self.max_time_per_run is not None:
@@ -173,12 +339,18 @@ class TrainConfig:
             raise ConfigError("--resume must: give the run to go on with as --log-dir")
         if "" in self.end_strings:
             raise ConfigError("--end-strings: an empty string would end every response at once")
-        own = {"--policy": self.policy, "--train-data": self.train_data, "--rm-host/--rm-port": self.rm_host}
+        own = {
+            "--policy": self.policy,
+            "--train-data": self.train_data,
+            "--rm-host/--rm-port": self.rm_host,
+        }
         missing = [name for name, value in own.items() if value is None]
         if 0 < len(missing) < len(own):
             given = ", ".join(name for name in own if name not in missing)
-            raise ConfigError(f"{given} without {' and '.join(missing)}: policy, prompts and reward come as a set "
-                              "(none of them: the toy)")  # fmt: skip
+            raise ConfigError(
+                f"{given} without {' and '.join(missing)}: policy, prompts and reward come as a set "
+                "(none of them: the toy)"
+            )
 
 
 def seconds(time: str) -> int:
@@ -188,6 +360,8 @@ def seconds(time: str) -> int:
     13500
     """
     if not re.fullmatch(r"\d{1,3}(:\d{2}){3}", time):
-        raise ConfigError(f"--max-time-per-run is {time!r}; it must be DD:HH:MM:SS, 00:03:45:00 say")
+        raise ConfigError(
+            f"--max-time-per-run is {time!r}; it must be DD:HH:MM:SS, 00:03:45:00 say"
+        )
     days, hours, minutes, rest = map(int, time.split(":"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest

@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +34,9 @@ from reinforce.errors import ConfigError, FailedError, RetryError
 from reinforce.policy import blocks
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that hangs; longer than the reward client's total deadline
+TIMEOUT = timedelta(
+    minutes=30
+)  # how long ranks wait for one that hangs; longer than the reward client's total deadline
 
 
 def rank() -> int:
@@ -77,7 +84,9 @@ def stop() -> None:
 
 def lost(error: BaseException) -> bool:
     """Whether an exception says that another rank is gone or hangs: gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
 def deal(items: Sequence[T]) -> list[T]:
@@ -105,7 +114,9 @@ def gather_rows(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor.cpu()
     dist.all_gather_object(parts, tensor.cpu())
-    return torch.stack([parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))])
+    return torch.stack(
+        [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    )
 
 
 def together(work: Callable[[], T], only_first: bool = False) -> T:
@@ -139,7 +150,11 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     """
     if parallel == "fsdp":
         mesh = init_device_mesh(device.type, (world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+        policy = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if bf16
+            else MixedPrecisionPolicy()
+        )
         for block in blocks(scorer):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(scorer, mesh=mesh)  # embeddings and head stay float32
@@ -151,7 +166,10 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     wrapped = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
     # DDP sorts its buckets anew after the first backward pass, and with more than two ranks that changes the order of its sums; a
     # first pass of weight 0 makes all real ones alike, those of a run that goes on too
-    token, mask = torch.zeros(1, 1, dtype=torch.long, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)  # (1, 1)
+    token, mask = (
+        torch.zeros(1, 1, dtype=torch.long, device=device),
+        torch.ones(1, 1, dtype=torch.bool, device=device),
+    )  # (1, 1)
     (0 * wrapped(token, mask, token, mask)).sum().backward()
     scorer.zero_grad()
     return wrapped
@@ -168,7 +186,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m in shards:
-            m.set_reshard_after_forward(m is not module, recurse=False)  # the root is needed again at once, by the backward pass
+            m.set_reshard_after_forward(
+                m is not module, recurse=False
+            )  # the root is needed again at once, by the backward pass
             m.reshard()
 
 
@@ -180,7 +200,11 @@ def whole(tensor: Tensor) -> Tensor:
 def shard(tensor: Tensor, like: Tensor) -> Tensor:
     """Undo `whole`: this rank's part of a tensor that every rank has, placed as `like`."""
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+        if isinstance(like, DTensor)
+        else tensor
+    )
 
 
 def in_step(parts: list[list[int]]) -> list[list[int]]:
@@ -195,4 +219,8 @@ def backward(loss: Tensor) -> None:
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Around a micro-batch's forward and backward: DDP exchanges gradients in the last one of a step, FSDP its shards in each."""
-    return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+    return (
+        nullcontext()
+        if last or not isinstance(module, DistributedDataParallel)
+        else module.no_sync()
+    )

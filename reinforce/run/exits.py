@@ -20,7 +20,11 @@ from reinforce.run.folder import claimed, is_ours, log_dir_of
 from reinforce.run.stop import Stop
 
 
-def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: None, name: str = "train.py") -> int:
+def run(
+    main: Callable[[], None],
+    folder: Callable[[], Path | None] = lambda: None,
+    name: str = "train.py",
+) -> int:
     """Call main and turn how it ended into an exit code and, once the folder is known, exit.json. `name` is the script's."""
     expected = True
     try:
@@ -36,7 +40,10 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
         code, reason = 75, "interrupted"
     except torch.OutOfMemoryError as error:
         expected = False
-        code, reason = 1, f"out of GPU memory ({first_line(error)}); lower --micro-batch-size, --micro-batch-tokens (update) or "
+        code, reason = (
+            1,
+            f"out of GPU memory ({first_line(error)}); lower --micro-batch-size, --micro-batch-tokens (update) or ",
+        )
         reason += "--rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
     except Exception as error:
         expected = False
@@ -52,9 +59,13 @@ def run(main: Callable[[], None], folder: Callable[[], Path | None] = lambda: No
     if place is not None and (distributed.rank() == 0 or is_ours(place)):
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
-            with (place / "exit.json").open("x" if code else "w") as file:  # the first rank that fails knows why
+            with (place / "exit.json").open(
+                "x" if code else "w"
+            ) as file:  # the first rank that fails knows why
                 json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
-    if expected:  # else other ranks may be waiting in a collective, and NCCL would wait for them here
+    if (
+        expected
+    ):  # else other ranks may be waiting in a collective, and NCCL would wait for them here
         distributed.stop()
     return code
 

@@ -45,7 +45,9 @@ def claimed(folder: Path) -> Iterator[None]:
         end = time.monotonic() + (120 if "SLURM_JOB_ID" in os.environ else 0)
         while not _locked(lock):
             if time.monotonic() >= end:
-                raise ConfigError(f"--log-dir {folder}: a run is going on there right now; wait for its end or give another")
+                raise ConfigError(
+                    f"--log-dir {folder}: a run is going on there right now; wait for its end or give another"
+                )
             time.sleep(1)
         lock.truncate(0)
         lock.write(job())
@@ -69,7 +71,11 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
     """The run folder, made on rank 0: the given one, or a new runs/NAME-TIME. Raises ConfigError."""
     stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
     while True:
-        folder = Path(log_dir) if log_dir is not None else Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
+        folder = (
+            Path(log_dir)
+            if log_dir is not None
+            else Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
+        )
         try:
             folder.mkdir(parents=True, exist_ok=log_dir is not None)
         except FileExistsError as error:
@@ -77,7 +83,9 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
                 raise ConfigError(f"--log-dir {folder}: a file is there; give a folder") from error
             n += 1
         except OSError as error:
-            raise ConfigError(f"{folder} cannot be made ({error.strerror}): give a folder to write to as --log-dir") from error
+            raise ConfigError(
+                f"{folder} cannot be made ({error.strerror}): give a folder to write to as --log-dir"
+            ) from error
         else:
             if log_dir is None:
                 (folder / ".lock").write_text(job())
@@ -87,7 +95,9 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
 def point_latest(folder: Path) -> None:
     """Let runs/latest point to a run folder, if it lies in ./runs."""
     runs = Path("runs")
-    copied = (runs / "latest").is_dir() and not (runs / "latest").is_symlink()  # a copy that followed the link
+    copied = (runs / "latest").is_dir() and not (
+        runs / "latest"
+    ).is_symlink()  # a copy that followed the link
     if folder.resolve().parent == runs.resolve() and folder.name != "latest" and not copied:
         partial = runs / f".latest-{os.getpid()}"
         partial.symlink_to(folder.name)

@@ -36,7 +36,11 @@ class Group:
 
 
 def make_groups(
-    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, judged: Judged, valid: Tensor | None = None
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    judged: Judged,
+    valid: Tensor | None = None,
 ) -> list[Group]:
     """One Group a prompt from a rollout of B rows, row b of prompt b // (B / P); `valid` (B,) bool, by default all."""
     k, kl = len(judged.reward) // len(prompts), judged.kl
@@ -45,11 +49,20 @@ def make_groups(
     groups = []
     for j, prompt in enumerate(prompts):
         own = slice(j * k, (j + 1) * k)
-        groups.append(Group(
-            prompt.index, prompt.text, [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
-            known(judged.reward[own]), None if kl is None else kl[own].tolist(), known(judged.objective[own]),
-            valid[own].tolist(), [len(r) for r in ids[own]], rollout.finished[own].tolist(), logp[own],
-        ))  # fmt: skip
+        groups.append(
+            Group(
+                prompt.index,
+                prompt.text,
+                [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
+                known(judged.reward[own]),
+                None if kl is None else kl[own].tolist(),
+                known(judged.objective[own]),
+                valid[own].tolist(),
+                [len(r) for r in ids[own]],
+                rollout.finished[own].tolist(),
+                logp[own],
+            )
+        )
     return groups
 
 

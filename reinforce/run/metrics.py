@@ -22,8 +22,14 @@ from reinforce.run.group import Group
 
 def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, Any]:
     """Metrics of one step's groups, of all ranks; advantage (P*K,)."""
-    rows = [row for g in groups for row in zip(g.reward, g.objective, g.length, g.finished, g.logp, strict=True)]
-    rewards, objectives, length, finished, logp = (list(column) for column in zip(*rows, strict=True))
+    rows = [
+        row
+        for g in groups
+        for row in zip(g.reward, g.objective, g.length, g.finished, g.logp, strict=True)
+    ]
+    rewards, objectives, length, finished, logp = (
+        list(column) for column in zip(*rows, strict=True)
+    )
     reward = [value for value in rewards if value is not None]
     objective = [value for value in objectives if value is not None]
     kl = [value for g in groups for value in g.kl or []]
@@ -37,11 +43,15 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
         "response_length": statistics.fmean(length),
         "finished": statistics.fmean(finished),
         "valid": statistics.fmean(v for g in groups for v in g.valid),
-        "zero_signal": statistics.fmean(len(set(_counted(g))) < 2 for g in groups) if len(groups[0].reward) > 1 else None,
+        "zero_signal": statistics.fmean(len(set(_counted(g))) < 2 for g in groups)
+        if len(groups[0].reward) > 1
+        else None,
     }
 
 
-def summarise_updates(groups: Sequence[Group], updates: Sequence[tuple[float, float, float]], lr: float) -> dict[str, Any]:
+def summarise_updates(
+    groups: Sequence[Group], updates: Sequence[tuple[float, float, float]], lr: float
+) -> dict[str, Any]:
     """Means over a step's optimizer steps, of (loss, clipped tokens, length of the gradient) each; None where there was none."""
     losses, clipped, norms = ([update[i] for update in updates] for i in range(3))
     tokens = sum(n for g in groups for n, valid in zip(g.length, g.valid, strict=True) if valid)
@@ -54,18 +64,27 @@ def summarise_updates(groups: Sequence[Group], updates: Sequence[tuple[float, fl
     }
 
 
-def summarise_ratios(sums: Sequence[Sequence[float]], rows: int, tokens: int) -> dict[str, float | None]:
+def summarise_ratios(
+    sums: Sequence[Sequence[float]], rows: int, tokens: int
+) -> dict[str, float | None]:
     """Of sums over each prompt's responses (gap, rho - 1 - log rho, tokens with rho outside [0.9, 1.1]) the means."""
     if not sums:
         return dict.fromkeys(("logprob_gap", "ratio_distance", "ratio_outside"))
     gap, distance, outside = (math.fsum(column) for column in zip(*sums, strict=True))
-    return {"logprob_gap": gap / rows, "ratio_distance": distance / tokens, "ratio_outside": outside / tokens}
+    return {
+        "logprob_gap": gap / rows,
+        "ratio_distance": distance / tokens,
+        "ratio_outside": outside / tokens,
+    }
 
 
 def speed(groups: Sequence[Group], greedy_tokens: int, seconds: dict[str, float]) -> dict[str, Any]:
     """Sampled tokens, and what the step's parts took in seconds."""
     tokens = sum(sum(g.length) for g in groups) + greedy_tokens
-    times = {f"time_{work}": seconds.get(work, 0.0) for work in ("rollout", "reward", "reference", "update")}
+    times = {
+        f"time_{work}": seconds.get(work, 0.0)
+        for work in ("rollout", "reward", "reference", "update")
+    }
     return {"tokens": tokens, "tokens_per_s": tokens / times["time_rollout"], **times}
 
 

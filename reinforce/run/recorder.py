@@ -29,23 +29,38 @@ class Recorder:
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)
         self._validation = (folder / "validation.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-        self._bar = tqdm(total=total, initial=done, desc="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=done + 1 if done else None
+        )
+        self._bar = (
+            tqdm(total=total, initial=done, desc="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
         self._total = total
 
-    def log(self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]) -> None:
+    def log(
+        self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]
+    ) -> None:
         """One step."""
         step = metrics["step"]
         self._metrics.write(json.dumps(metrics) + "\n")
         k = len(groups[0].reward)
         for i, group in enumerate(groups):
-            record = {"step": step, **asdict(group), "advantage": list(advantage[i * k : (i + 1) * k])}
+            record = {
+                "step": step,
+                **asdict(group),
+                "advantage": list(advantage[i * k : (i + 1) * k]),
+            }
             self._rollouts.write(json.dumps(record) + "\n")
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "val_reward":
                 self._board.add_scalar(name, value, step)
-        shown = {name: format(metrics[name], ".0f" if name == "tokens_per_s" else ".2f") for name in SHOWN
-                 if metrics[name] is not None}  # fmt: skip
+        shown = {
+            name: format(metrics[name], ".0f" if name == "tokens_per_s" else ".2f")
+            for name in SHOWN
+            if metrics[name] is not None
+        }
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
@@ -59,14 +74,25 @@ class Recorder:
             self._validation.write(json.dumps({"step": step, **asdict(group)}) + "\n")
         reward, error = mean_reward(groups)
         self._board.add_scalar("val_reward", reward, step)
-        self.say(f"validation after step {step}: reward {reward:.3f} ± {error:.3f} over {len(groups)} prompts")
+        self.say(
+            f"validation after step {step}: reward {reward:.3f} ± {error:.3f} over {len(groups)} prompts"
+        )
 
-    def accuse(self, step: int, groups: Sequence[Group], update: Sequence[int], bad: Sequence[Sequence[bool]]) -> None:
+    def accuse(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        update: Sequence[int],
+        bad: Sequence[Sequence[bool]],
+    ) -> None:
         """nonfinite.jsonl: of an update on the groups of these numbers, the bad responses (P, K), or all if none stands out."""
         rows = [(i, k) for i in update for k in range(len(bad[i]))]
         with (self.folder / "nonfinite.jsonl").open("w") as file:
             for i, k in [(i, k) for i, k in rows if bad[i][k]] or rows:
-                one = {name: v[k] if isinstance(v, list) else v for name, v in asdict(groups[i]).items()}
+                one = {
+                    name: v[k] if isinstance(v, list) else v
+                    for name, v in asdict(groups[i]).items()
+                }
                 file.write(json.dumps({"step": step, "k": k, **one}) + "\n")
 
     def write_refused(self, step: int, row: dict[str, Any]) -> None:
@@ -102,13 +128,21 @@ class Silent(Recorder):
     def __init__(self, folder: Path, total: int, done: int = 0) -> None:
         """Takes what a Recorder takes."""
 
-    def log(self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]) -> None:
+    def log(
+        self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]
+    ) -> None:
         """Nothing."""
 
     def validated(self, step: int, groups: Sequence[Group]) -> None:
         """Nothing."""
 
-    def accuse(self, step: int, groups: Sequence[Group], update: Sequence[int], bad: Sequence[Sequence[bool]]) -> None:
+    def accuse(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        update: Sequence[int],
+        bad: Sequence[Sequence[bool]],
+    ) -> None:
         """Nothing."""
 
     def write_refused(self, step: int, row: dict[str, Any]) -> None:
@@ -133,11 +167,20 @@ def tell(prompts: list[Prompt], run: Path) -> None:
         for name, groups in (("before", before), ("after", after)):
             reward, error = mean_reward(groups)
             n, variety = len(groups), distinct([g.response[0] for g in groups])
-            length, finished = sum(g.length[0] for g in groups) / n, sum(g.finished[0] for g in groups) / n
-            print(f"{name:<12}{reward:>8.3f} ± {error:.3f}{length:>9.1f}{finished:>10.2f}{variety:>12.2f}")
+            length, finished = (
+                sum(g.length[0] for g in groups) / n,
+                sum(g.finished[0] for g in groups) / n,
+            )
+            print(
+                f"{name:<12}{reward:>8.3f} ± {error:.3f}{length:>9.1f}{finished:>10.2f}{variety:>12.2f}"
+            )
         for prompt, old, new in list(zip(prompts, before, after, strict=True))[:5]:
             print(f"\nprompt  {prompt.messages[-1]['content'] if prompt.messages else prompt.text}")
             print(f"before  {old.reward[0]:+.2f}  {old.response[0].strip()}")
             print(f"after   {new.reward[0]:+.2f}  {new.response[0].strip()}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    print(f"\ncurves {run}/curves.png · responses {run}/rollouts.jsonl · policy {run}/checkpoints · peak memory {peak:.1f} GiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
+    print(
+        f"\ncurves {run}/curves.png · responses {run}/rollouts.jsonl · policy {run}/checkpoints · peak memory {peak:.1f} GiB"
+    )

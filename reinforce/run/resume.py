@@ -22,13 +22,37 @@ from reinforce.run import checkpoint
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl", "refused.jsonl")
-SOFT = frozenset((  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
-    "preset", "policy", "train_data", "val_data", "skip_bad_lines", "rm_host", "rm_port", "rm_wait", "rm_fingerprint",
-    "skip_refused",
-    "max_epochs", "max_steps", "val_check_interval", "save_interval", "save_top_k", "log_dir", "resume", "max_time_per_run",
-    "micro_batch_size", "micro_batch_tokens", "rollout_micro_batch_size", "forward_micro_batch_size",
-    "val_rollout_micro_batch_size", "gradient_checkpointing", "parallel", "device", "deterministic",
-))  # fmt: skip
+SOFT = frozenset(
+    (  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
+        "preset",
+        "policy",
+        "train_data",
+        "val_data",
+        "skip_bad_lines",
+        "rm_host",
+        "rm_port",
+        "rm_wait",
+        "rm_fingerprint",
+        "skip_refused",
+        "max_epochs",
+        "max_steps",
+        "val_check_interval",
+        "save_interval",
+        "save_top_k",
+        "log_dir",
+        "resume",
+        "max_time_per_run",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "rollout_micro_batch_size",
+        "forward_micro_batch_size",
+        "val_rollout_micro_batch_size",
+        "gradient_checkpointing",
+        "parallel",
+        "device",
+        "deterministic",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +64,9 @@ class Start:
     baseline: Any = None  # the state of a baseline that has one
     bf16: bool | None = None  # the precision so far; None: no step yet
     date: str | None = None  # the day that chat templates print; None: a run that began without one
-    began_with: tuple[tuple[str, Any], ...] = ()  # what this run was filled with where no flag was given
+    began_with: tuple[
+        tuple[str, Any], ...
+    ] = ()  # what this run was filled with where no flag was given
     refused: int = 0  # responses that the reward server refused and that were left out
 
 
@@ -49,15 +75,23 @@ def plan(run: Path | None, how: str) -> Start:
 
     A run that was killed before its first checkpoint has lost nothing yet, and starts at 0.
     """
-    began = run is not None and any((run / name).exists() for name in (*LOGS, "identity.json", "checkpoints"))
+    began = run is not None and any(
+        (run / name).exists() for name in (*LOGS, "identity.json", "checkpoints")
+    )
     if run is None or not began:
         if how == "must":
-            raise ConfigError(f"--resume must: no run to go on with in --log-dir {run or '(none given)'}")
+            raise ConfigError(
+                f"--resume must: no run to go on with in --log-dir {run or '(none given)'}"
+            )
         return Start(date=datetime.date.today().isoformat())
     if how == "never":
-        raise ConfigError(f"--log-dir {run} holds another run, and --resume is never; give an empty or new folder")
+        raise ConfigError(
+            f"--log-dir {run} holds another run, and --resume is never; give an empty or new folder"
+        )
     if not (run / "identity.json").exists():
-        raise ConfigError(f"--log-dir {run} holds another run, without identity.json; give an empty or new folder")
+        raise ConfigError(
+            f"--log-dir {run} holds another run, without identity.json; give an empty or new folder"
+        )
     date, began_with = date_of(run), filled_of(run)
     folder = checkpoint.newest(run)
     if folder is None:
@@ -66,7 +100,15 @@ def plan(run: Path | None, how: str) -> Start:
         return Start(date=date, began_with=began_with)
     state = checkpoint.state(folder)
     baseline = state.get("baseline", state.get("ema"))
-    return Start(state["step"], folder, baseline, state.get("bf16"), date, began_with, state.get("refused", 0))
+    return Start(
+        state["step"],
+        folder,
+        baseline,
+        state.get("bf16"),
+        date,
+        began_with,
+        state.get("refused", 0),
+    )
 
 
 def date_of(run: Path) -> str | None:
@@ -114,13 +156,19 @@ def check_identity(run: Path, own: dict[str, Any]) -> None:
         known = {**identity(TrainConfig()), **json.loads(place.read_text())}
         found = canonical(known)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder") from error
+        raise ConfigError(
+            f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder"
+        ) from error
     now = canonical(own)
     changed = [name for name in sorted({*found, *now}) if found.get(name) != now.get(name)]
-    given = [name for name in changed if own.get(name) != known.get(name)]  # without defaults that follow from others
+    given = [
+        name for name in changed if own.get(name) != known.get(name)
+    ]  # without defaults that follow from others
     differences = [f"{name} was {known.get(name)}, is {own.get(name)}" for name in given or changed]
     if differences:
-        raise ConfigError(f"--log-dir {run} holds another run: {'; '.join(differences)}. Give its own flags, or a new folder")
+        raise ConfigError(
+            f"--log-dir {run} holds another run: {'; '.join(differences)}. Give its own flags, or a new folder"
+        )
 
 
 def write_identity(run: Path, own: dict[str, Any]) -> None:

@@ -40,37 +40,70 @@ class Run:
 
     def __init__(self, folder: Path, actor: Actor, data: Data, start: Start, stop: Stop) -> None:
         """`folder` has been opened for this run, and `actor` loaded from `start`."""
-        self._folder, self._actor, self._data, self._start, self._stop = folder, actor, data, start, stop
+        self._folder, self._actor, self._data, self._start, self._stop = (
+            folder,
+            actor,
+            data,
+            start,
+            stop,
+        )
         self._config = actor.config
         self._total = data.total_steps(self._config.max_steps, self._config.max_epochs)
-        self._done = self._saved = start.step  # finished steps, and those that the last checkpoint has
+        self._done = self._saved = (
+            start.step
+        )  # finished steps, and those that the last checkpoint has
         self._stopped: str | None = None
         self._refused = start.refused  # responses that finished steps have left out
         limit = self._config.max_time_per_run
         stop.limit = None if limit is None else seconds(limit)
         actor.refusals.total = start.refused
         actor.client.stopped = lambda: stop.reason is not None  # then it tries no request again
-        self._updates: list[tuple[Summed, float]] = []  # of the step that is going on, with the gradient's length
+        self._updates: list[
+            tuple[Summed, float]
+        ] = []  # of the step that is going on, with the gradient's length
         self._val_reward: float | None = None  # after the last finished step
-        self._held: tuple[dict[str, Any], list[Group], Tensor] | None = None  # the last step, not yet written
+        self._held: tuple[dict[str, Any], list[Group], Tensor] | None = (
+            None  # the last step, not yet written
+        )
         self._began = time.perf_counter()
-        self._recorder = (Silent if distributed.rank() else Recorder)(folder, self._total, self._done)
-        self._validated = distributed.together(lambda: set(recorded(folder)), only_first=True)  # steps
+        self._recorder = (Silent if distributed.rank() else Recorder)(
+            folder, self._total, self._done
+        )
+        self._validated = distributed.together(
+            lambda: set(recorded(folder)), only_first=True
+        )  # steps
 
     def __enter__(self) -> "Run":
         """The block that is safe."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Save what is finished if the reward server ended the block; raise a RetryError if the run was stopped early."""
-        if isinstance(error, (RetryError, RewardError, OwnBaselineError)):  # on all ranks alike, before any update of its step
+        if isinstance(
+            error, (RetryError, RewardError, OwnBaselineError)
+        ):  # on all ranks alike, before any update of its step
             self._save()
         if isinstance(error, RefusedRowError):
             self._recorder.write_refused(self._done + 1, error.row)
-            where = f"the validation after step {self._done}" if error.row["kind"] == VALIDATION else f"step {self._done + 1}"
+            where = (
+                f"the validation after step {self._done}"
+                if error.row["kind"] == VALIDATION
+                else f"step {self._done + 1}"
+            )
             sampled = error.row["kind"] == SAMPLED
-            cure = "--skip-refused N leaves so many out" if sampled else "it cannot be left out: mend the server"
-            raise FailedError(f"{where}: {error}; the whole row is in {self._folder}/refused.jsonl, and {cure}") from error
+            cure = (
+                "--skip-refused N leaves so many out"
+                if sampled
+                else "it cannot be left out: mend the server"
+            )
+            raise FailedError(
+                f"{where}: {error}; the whole row is in {self._folder}/refused.jsonl, and {cure}"
+            ) from error
         if error is None:
             self._end()
 
@@ -93,7 +126,9 @@ class Run:
             checkpoint.restore(self._start.folder, self._actor.model, optimizer)
             baseline.restore(self._start.baseline)
         if self._done:
-            self._recorder.say(f"going on after step {self._done} of {self._total}: {self._start.folder}")
+            self._recorder.say(
+                f"going on after step {self._done} of {self._total}: {self._start.folder}"
+            )
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to come, from 0, to the last one, or until a signal or the time limit."""
@@ -107,7 +142,9 @@ class Run:
         """The rate of all optimizer steps of this step."""
         c = self._config
         min_lr = c.lr if c.min_lr is None else c.min_lr
-        return optim.learning_rate(step, self._total, c.lr, min_lr, c.warmup_steps, c.constant_steps)
+        return optim.learning_rate(
+            step, self._total, c.lr, min_lr, c.warmup_steps, c.constant_steps
+        )
 
     def must_be_finite(self, made: Step, update: Update, sums: Summed, grad_norm: float) -> None:
         """Raise FailedError, on every rank, if the gradient is not; nonfinite.jsonl then holds the responses.
@@ -118,9 +155,15 @@ class Run:
             return
         bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
         responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
-        self._recorder.accuse(made.number + 1, self._groups(made), update.prompts, responses.tolist())
+        self._recorder.accuse(
+            made.number + 1, self._groups(made), update.prompts, responses.tolist()
+        )
         done = len(self._updates)
-        so_far = "no update was made" if not done else f"after {done} of its updates; the last checkpoint is of an earlier step"
+        so_far = (
+            "no update was made"
+            if not done
+            else f"after {done} of its updates; the last checkpoint is of an earlier step"
+        )
         raise FailedError(
             f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: {so_far}; "
             f"the responses: {self._folder}/nonfinite.jsonl"
@@ -153,12 +196,16 @@ class Run:
         self._refused = self._actor.refusals.total
         self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
         self._done = made.number + 1
-        self._stopped = next((reason for reason in distributed.gather([self._stop.reason]) if reason), None)
+        self._stopped = next(
+            (reason for reason in distributed.gather([self._stop.reason]) if reason), None
+        )
 
     def _groups(self, made: Step) -> list[Group]:
         """All ranks' responses as text and numbers, in prompt order."""
         rollout = made.batch.rollout
-        return distributed.gather(make_groups(self._actor.tokenizer, made.prompts, rollout, made.judged, made.valid))
+        return distributed.gather(
+            make_groups(self._actor.tokenizer, made.prompts, rollout, made.judged, made.valid)
+        )
 
     def _ratios(self, made: Step) -> dict[str, float | None]:
         """How far the scorer's log pi is from the sampler's; None if nothing was scored."""
@@ -172,7 +219,9 @@ class Run:
         gap = -log_ratio.sum(1)  # (B,)
         distance = (log_ratio.expm1() - log_ratio).sum(1)  # (B,)
         outside = ((log_ratio.exp() - 1).abs() > 0.1).sum(1)  # (B,)
-        sums = torch.stack([value.double().view(p, -1).sum(1) for value in (gap, distance, outside)], 1)  # (p, 3)
+        sums = torch.stack(
+            [value.double().view(p, -1).sum(1) for value in (gap, distance, outside)], 1
+        )  # (p, 3)
         tokens = sum(distributed.gather([int(rollout.length.sum())]))
         return summarise_ratios(distributed.gather(sums.tolist()), made.advantage.numel(), tokens)
 
@@ -218,5 +267,13 @@ class Run:
             "refused": self._refused,
         }
         model, tokenizer = self._actor.model, self._actor.tokenizer
-        checkpoint.save(self._folder, self._done, model, self._optimizer, tokenizer, state, self._config.save_top_k)
+        checkpoint.save(
+            self._folder,
+            self._done,
+            model,
+            self._optimizer,
+            tokenizer,
+            state,
+            self._config.save_top_k,
+        )
         self._saved = self._done

@@ -31,6 +31,10 @@ class Stop:
     @property
     def reason(self) -> str | None:
         """What it is stopped by; None if it is not."""
-        if self.signal is None and self.limit is not None and time.monotonic() - self._began >= self.limit:
+        if (
+            self.signal is None
+            and self.limit is not None
+            and time.monotonic() - self._began >= self.limit
+        ):
             return f"its time limit of {self.limit} s"
         return self.signal

@@ -74,10 +74,14 @@ class Sums:
         """One micro-batch: its loss, scalar, and logp (b, T)."""
         self._loss += loss.detach()
         if part.logp_old is not None:
-            self._clipped += clipped_tokens(logp, part.logp_old, part.advantage, part.weight, self._ratio_clip)
+            self._clipped += clipped_tokens(
+                logp, part.logp_old, part.advantage, part.weight, self._ratio_clip
+            )
         self._logp[part.rows, : logp.shape[1]] = logp.detach()[: len(part.rows)]
 
     def over_ranks(self) -> Summed:
         """The sums of all ranks; every rank must ask."""
-        loss, clipped = zip(*distributed.gather([(self._loss.item(), self._clipped.item())]), strict=True)
+        loss, clipped = zip(
+            *distributed.gather([(self._loss.item(), self._clipped.item())]), strict=True
+        )
         return Summed(math.fsum(loss), math.fsum(clipped), self._logp)

@@ -6,7 +6,9 @@ from reinforce.run.actor import Actor
 from reinforce.run.group import Group, make_groups
 from reinforce.text import Prompt
 
-STEP = -1  # the "step" of its random numbers: the same at every validation, so before and after compare
+STEP = (
+    -1
+)  # the "step" of its random numbers: the same at every validation, so before and after compare
 
 
 def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
@@ -16,7 +18,9 @@ def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
     def answered() -> list[Group]:
         if not own:
             return []
-        rollout = actor.respond(own, 1, STEP, actor.validation, actor.config.val_rollout_micro_batch_size)
+        rollout = actor.respond(
+            own, 1, STEP, actor.validation, actor.config.val_rollout_micro_batch_size
+        )
         reward, _ = actor.ask(own, rollout)
         return make_groups(actor.tokenizer, own, rollout, Judged(reward, None, reward))
 

@@ -36,7 +36,11 @@ class Batcher:
     """`score(items) -> floats` behind a bounded queue."""
 
     def __init__(
-        self, score: Callable[[list[Any]], list[float]], size: Callable[[Any], int], batch_size: int, queue_size: int = 256
+        self,
+        score: Callable[[list[Any]], list[float]],
+        size: Callable[[Any], int],
+        batch_size: int,
+        queue_size: int = 256,
     ) -> None:
         """`size(item)` orders the items of a batch, so that short ones are not padded to long ones."""
         self._score, self._size, self._batch_size = score, size, batch_size
@@ -63,10 +67,18 @@ class Batcher:
                     continue
                 self.busy = True
                 self._collect(batch)
-                self._serve([r for r in batch if r.deadline > time.monotonic() and r.future.set_running_or_notify_cancel()])
+                self._serve(
+                    [
+                        r
+                        for r in batch
+                        if r.deadline > time.monotonic() and r.future.set_running_or_notify_cancel()
+                    ]
+                )
         except BaseException:
             traceback.print_exc()
-            os._exit(70)  # without its worker the server would accept requests for ever and answer none
+            os._exit(
+                70
+            )  # without its worker the server would accept requests for ever and answer none
 
     def _collect(self, batch: list[_Request]) -> None:
         end = time.monotonic() + LINGER
@@ -86,7 +98,10 @@ class Batcher:
                     self._serve([request])
                 return
             if not isinstance(error, torch.OutOfMemoryError):
-                print("".join(traceback.format_exception(error)).encode("unicode_escape").decode(), file=sys.stderr)
+                print(
+                    "".join(traceback.format_exception(error)).encode("unicode_escape").decode(),
+                    file=sys.stderr,
+                )
             for request in batch:
                 request.future.set_exception(error)
             return

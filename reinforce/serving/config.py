@@ -13,34 +13,58 @@ from reinforce.serving.reward_model import DAY
 class ServeConfig:
     """Every flag of serve_rm.py."""
 
-    reward_model: str | None = flag(None, "reward", "sequence classifier with one label: folder or hub id (default: the toy's)")
-    reward_fn: str | None = flag(
-        None, "reward", "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)"
+    reward_model: str | None = flag(
+        None, "reward", "sequence classifier with one label: folder or hub id (default: the toy's)"
     )
-    reward_mean: float | None = flag(None, "reward", "subtracted from the score (default: as stored with the model, else 0)")
-    reward_std: float | None = flag(None, "reward", "the score is then divided by it (default: as stored with the model, else 1)")
+    reward_fn: str | None = flag(
+        None,
+        "reward",
+        "serve a function instead: FILE.py:NAME, called as f(prompts=, completions=, labels=)",
+    )
+    reward_mean: float | None = flag(
+        None, "reward", "subtracted from the score (default: as stored with the model, else 0)"
+    )
+    reward_std: float | None = flag(
+        None,
+        "reward",
+        "the score is then divided by it (default: as stored with the model, else 1)",
+    )
     reward_clip: float | None = flag(None, "reward", "clip the reward to +- this")
     max_length: int | None = flag(
-        None, "reward", "longest text, tokens; of longer ones the beginning is cut (default: the model's)"
+        None,
+        "reward",
+        "longest text, tokens; of longer ones the beginning is cut (default: the model's)",
     )
-    date: str = flag(DAY, "reward", "the day, YYYY-MM-DD, for chat templates that print one; part of the fingerprint")
+    date: str = flag(
+        DAY,
+        "reward",
+        "the day, YYYY-MM-DD, for chat templates that print one; part of the fingerprint",
+    )
     inference_micro_batch_size: int = flag(
         32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
     )
 
-    host: str = flag("127.0.0.1", "server", "address to listen on; any but loopback needs RM_TOKEN or RM_TOKEN_FILE")
+    host: str = flag(
+        "127.0.0.1",
+        "server",
+        "address to listen on; any but loopback needs RM_TOKEN or RM_TOKEN_FILE",
+    )
     port: int = flag(0, "server", "port; 0: any free one")
     ready_file: str | None = flag(None, "server", "write host and port there once warm")
     exit_with_parent: bool = flag(False, "server", "end when the process that started it has ended")
 
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16"))
+    precision: str = flag(
+        "auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16")
+    )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         if self.reward_model is not None and self.reward_fn is not None:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
-        refuse(self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size"))
+        refuse(
+            self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size")
+        )
         if self.reward_mean is not None and not math.isfinite(self.reward_mean):
             raise ConfigError(f"--reward-mean is {self.reward_mean}; it must be a finite number")
         try:

@@ -87,9 +87,16 @@ class RewardHandler(Handler):
         if path == "/health":
             return 200, "application/json", json_body({"status": "ok"})
         reward = service.reward
-        info = {"model": reward.model, "fingerprint": reward.fingerprint, "max_texts": service.advised_texts,
-                "max_length": reward.max_length, "max_body": MAX_BODY, "reward_mean": reward.mean,
-                "reward_std": reward.std, "reward_clip": service.clip}  # fmt: skip
+        info = {
+            "model": reward.model,
+            "fingerprint": reward.fingerprint,
+            "max_texts": service.advised_texts,
+            "max_length": reward.max_length,
+            "max_body": MAX_BODY,
+            "reward_mean": reward.mean,
+            "reward_std": reward.std,
+            "reward_clip": service.clip,
+        }
         return 200, "application/json", json_body(info)
 
     def _get_reward(self, service: Service) -> bytes:
@@ -100,7 +107,9 @@ class RewardHandler(Handler):
             try:
                 items.append(reward.encode(text))
             except Exception as error:
-                reason = str(error) if isinstance(error, ValueError) else "the text cannot be encoded"
+                reason = (
+                    str(error) if isinstance(error, ValueError) else "the text cannot be encoded"
+                )
                 raise HttpError(422, "bad_text", reason, index) from error
         scores = self._scores(service.batcher, items, deadline) if items else []
         rewards = [(s - reward.mean) / reward.std for s in scores]
@@ -108,15 +117,23 @@ class RewardHandler(Handler):
             rewards = [max(-clip, min(clip, r)) for r in rewards]
         if not all(map(math.isfinite, rewards)):  # a tiny --reward-std makes them so
             raise HttpError(500, "non_finite", "a reward is NaN or infinite")
-        reply = {"rewards": rewards, "scores": scores, "extra_logs": {}, "id": request.get("id"), "model": reward.model,
-                 "fingerprint": reward.fingerprint}  # fmt: skip
+        reply = {
+            "rewards": rewards,
+            "scores": scores,
+            "extra_logs": {},
+            "id": request.get("id"),
+            "model": reward.model,
+            "fingerprint": reward.fingerprint,
+        }
         return json_body(reply)
 
     def _scores(self, batcher: Batcher, items: list[Any], deadline: float) -> list[float]:
         if self.server.draining:
             raise HttpError(503, "draining")
         try:
-            return batcher.submit(items, deadline).result(timeout=max(0.0, deadline - time.monotonic()))
+            return batcher.submit(items, deadline).result(
+                timeout=max(0.0, deadline - time.monotonic())
+            )
         except queue.Full as error:
             raise HttpError(429, "busy", "the queue is full") from error
         except FutureTimeoutError as error:
@@ -124,11 +141,18 @@ class RewardHandler(Handler):
         except NotFiniteError as error:
             raise HttpError(500, "non_finite", "the reward model gave NaN or infinity") from error
         except torch.OutOfMemoryError as error:
-            raise HttpError(507, "out_of_memory", "one text alone does not fit the device") from error
+            raise HttpError(
+                507, "out_of_memory", "one text alone does not fit the device"
+            ) from error
         except Exception as error:
-            raise HttpError(500, "failed", "the reward model failed; see the server's log") from error
+            raise HttpError(
+                500, "failed", "the reward model failed; see the server's log"
+            ) from error
 
     def _metrics(self, service: Service) -> bytes:
         lines = [f'rm_requests_total{{code="{code}"}} {n}' for code, n in self.server.counts()]
-        lines += [f"rm_forwards_total {service.batcher.forwards}", f"rm_texts_total {service.batcher.scored}"]
+        lines += [
+            f"rm_forwards_total {service.batcher.forwards}",
+            f"rm_texts_total {service.batcher.scored}",
+        ]
         return ("# TYPE rm_requests_total counter\n" + "\n".join(lines) + "\n").encode()

@@ -98,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         """The standard library's own refusals (an unknown method, a bad request line), as JSON too."""
         status = 405 if code == 501 else code
         self.close_connection = True
-        self._send(status, "application/json", _error_body(HttpError(status, "bad_request", message or "")))
+        self._send(
+            status, "application/json", _error_body(HttpError(status, "bad_request", message or ""))
+        )
 
     def handle_expect_100(self) -> bool:
         """Refuse a body that is too long, or from a stranger, before it is sent."""
@@ -128,12 +130,16 @@ class Handler(BaseHTTPRequestHandler):
         if self._unread and status != 401:
             self._drain()
         if self._unread:
-            self.close_connection = True  # what is left of the body would be taken for the next request
+            self.close_connection = (
+                True  # what is left of the body would be taken for the next request
+            )
         self._send(status, kind, body)
 
     def _announced(self) -> float:
         """Bytes of the body that are to come; infinity where the framing does not say it in the one way that is taken."""
-        framed = any(self.headers.get(name) is not None for name in ("Content-Length", "Transfer-Encoding"))
+        framed = any(
+            self.headers.get(name) is not None for name in ("Content-Length", "Transfer-Encoding")
+        )
         try:
             return self._length() if framed else 0
         except HttpError:
@@ -164,19 +170,35 @@ class Handler(BaseHTTPRequestHandler):
         kind = kind.lower()
         if kind == "basic":
             with contextlib.suppress(ValueError):
-                value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        if kind not in ("bearer", "basic") or not hmac.compare_digest(value.encode("utf-8", "replace"), token.encode()):
-            raise HttpError(401, "unauthorized", "a token is needed: Authorization: Bearer <RM_TOKEN>")
+                value = (
+                    base64.b64decode(value, validate=True)
+                    .decode("utf-8", "replace")
+                    .partition(":")[2]
+                )
+        if kind not in ("bearer", "basic") or not hmac.compare_digest(
+            value.encode("utf-8", "replace"), token.encode()
+        ):
+            raise HttpError(
+                401, "unauthorized", "a token is needed: Authorization: Bearer <RM_TOKEN>"
+            )
 
     def _length(self) -> int:
         lengths = self.headers.get_all("Content-Length") or []
-        if self.headers.get("Transfer-Encoding") or len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,12}", lengths[0]):
-            raise HttpError(411, "length_required", "exactly one Content-Length and no Transfer-Encoding")
+        if (
+            self.headers.get("Transfer-Encoding")
+            or len(lengths) != 1
+            or not re.fullmatch(r"[0-9]{1,12}", lengths[0])
+        ):
+            raise HttpError(
+                411, "length_required", "exactly one Content-Length and no Transfer-Encoding"
+            )
         return int(lengths[0])
 
     def read_json(self) -> Any:
         """The body of this POST. Raises HttpError 400, 408, 411, 413 or 415."""
-        if (self.headers.get("Content-Type") or "").split(";")[0].strip().lower() != "application/json":
+        if (self.headers.get("Content-Type") or "").split(";")[
+            0
+        ].strip().lower() != "application/json":
             raise HttpError(415, "unsupported_media_type", "Content-Type must be application/json")
         self._unread = self._length()
         if self._unread > MAX_BODY:
@@ -204,7 +226,10 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(1.0)
         with contextlib.suppress(OSError):
             while (
-                self._unread and most > 0 and time.monotonic() < end and (part := self.rfile.read1(min(int(self._unread), 1 << 16)))
+                self._unread
+                and most > 0
+                and time.monotonic() < end
+                and (part := self.rfile.read1(min(int(self._unread), 1 << 16)))
             ):
                 self._unread -= len(part)
                 most -= len(part)
@@ -216,7 +241,9 @@ def _no_constant(name: str) -> float:
 
 
 def _error_body(error: HttpError) -> bytes:
-    return json.dumps({"error": error.code, "message": error.message, "index": error.index}).encode()
+    return json.dumps(
+        {"error": error.code, "message": error.message, "index": error.index}
+    ).encode()
 
 
 def json_body(value: Any) -> bytes:

@@ -45,10 +45,18 @@ def parse_request(request: Any) -> list[Text]:
         for text in [item] if key == "query" else [m["content"] for m in item]:
             if not _encodable(text):
                 raise HttpError(422, "bad_text", "a lone surrogate is not text", index)
-    columns = {name: _column(request, name, len(items)) for name in ("prompts", "completions", "labels", "finished")}
+    columns = {
+        name: _column(request, name, len(items))
+        for name in ("prompts", "completions", "labels", "finished")
+    }
     return [
         Text(
-            item if key == "query" else None, item if key == "messages" else None, prompt, completion, label, finished is not False
+            item if key == "query" else None,
+            item if key == "messages" else None,
+            prompt,
+            completion,
+            label,
+            finished is not False,
         )
         for item, prompt, completion, label, finished in zip(items, *columns.values(), strict=True)
     ]
@@ -59,8 +67,14 @@ def _column(request: dict[str, Any], name: str, count: int) -> Sequence[Any]:
     if values is None:
         return [None] * count
     kind = {"prompts": str, "completions": str, "finished": bool}.get(name, object)
-    if not isinstance(values, list) or len(values) != count or not all(isinstance(v, kind) for v in values):
-        raise HttpError(400, "bad_request", f'"{name}" must be a list of {count} values, as long as the texts')
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(isinstance(v, kind) for v in values)
+    ):
+        raise HttpError(
+            400, "bad_request", f'"{name}" must be a list of {count} values, as long as the texts'
+        )
     for index, value in enumerate(values):
         if kind is str and not _encodable(value):
             raise HttpError(422, "bad_text", "a lone surrogate is not text", index)

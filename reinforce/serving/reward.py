@@ -14,7 +14,13 @@ from reinforce import device as devices
 from reinforce.plugin import load_named
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.protocol import Text
-from reinforce.serving.reward_model import fingerprint, load_reward_model, messages_ids, query_ids, score
+from reinforce.serving.reward_model import (
+    fingerprint,
+    load_reward_model,
+    messages_ids,
+    query_ids,
+    score,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     model, tokenizer = load_reward_model(name, device)
     bf16 = devices.use_bf16(config.precision, device, sum(p.numel() for p in model.parameters()))
     hf = cast(Any, model).config
-    longest = config.max_length or getattr(hf.get_text_config(), "max_position_embeddings", None) or 4096
+    longest = (
+        config.max_length or getattr(hf.get_text_config(), "max_position_embeddings", None) or 4096
+    )
     lock = threading.Lock()  # a fast tokenizer is not safe to share between threads
 
     def encode(text: Text) -> list[int]:
@@ -58,7 +66,11 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
         with devices.autocast(device, bf16):
             return cast(list[float], score(model, items, tokenizer.pad_token_id or 0).tolist())
 
-    folder = name if Path(name).is_dir() else str(Path(cast(str, cached_file(name, "config.json"))).parent)
+    folder = (
+        name
+        if Path(name).is_dir()
+        else str(Path(cast(str, cached_file(name, "config.json"))).parent)
+    )
     mean = config.reward_mean if config.reward_mean is not None else getattr(hf, "reward_mean", 0.0)
     std = config.reward_std if config.reward_std is not None else getattr(hf, "reward_std", 1.0)
     label = Path(name).resolve().name if Path(name).is_dir() else name
@@ -83,7 +95,9 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
     def run(items: list[tuple[str, str, Any]]) -> list[float]:
         prompts, completions, labels = (list(column) for column in zip(*items, strict=True))
-        return numbers_of(function(prompts=prompts, completions=completions, labels=labels), len(items), spec)
+        return numbers_of(
+            function(prompts=prompts, completions=completions, labels=labels), len(items), spec
+        )
 
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
@@ -93,7 +107,9 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
     """What a reward function returned, if it is one number for each completion: a list, tuple, array or 1-D tensor of them."""
     values = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(values, (list, tuple)):  # of a dict the keys, of a string the digits would become rewards
+    if not isinstance(
+        values, (list, tuple)
+    ):  # of a dict the keys, of a string the digits would become rewards
         raise ValueError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
     if len(values) != count:
         raise ValueError(f"{spec} returned {len(values)} scores for {count} completions")
@@ -110,5 +126,7 @@ def load_reward(config: ServeConfig) -> Reward:
         reward = function_reward(config, config.reward_fn)
     else:
         reward = model_reward(config, str(config.reward_model))
-    settings = f"{reward.fingerprint}/{reward.mean}/{reward.std}/{config.reward_clip}/{reward.max_length}"
+    settings = (
+        f"{reward.fingerprint}/{reward.mean}/{reward.std}/{config.reward_clip}/{reward.max_length}"
+    )
     return replace(reward, fingerprint=hashlib.sha256(settings.encode()).hexdigest())

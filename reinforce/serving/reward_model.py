@@ -24,7 +24,9 @@ FLAG = "--reward-model"
 DAY = "2024-07-26"  # what a chat template that prints the day prints, so that no reward changes at midnight
 
 
-def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_reward_model(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Any]:
     """Model and tokenizer. Raises ConfigError, also where the checkpoint has no trained one-label head.
 
     transformers would fill a missing head with random numbers and warn: the run would learn noise.
@@ -33,17 +35,27 @@ def load_reward_model(name: str, device: torch.device, dtype: torch.dtype = torc
     announce(name, FLAG)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            name,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # what a damaged file or a wrong shape makes transformers raise
-        raise ConfigError(f"{FLAG} {name}: not a sequence classifier in safetensors ({first_line(error)})") from error
+        raise ConfigError(
+            f"{FLAG} {name}: not a sequence classifier in safetensors ({first_line(error)})"
+        ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ConfigError(f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); train one first")
+        raise ConfigError(
+            f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); train one first"
+        )
     if model.config.num_labels != 1:
-        raise ConfigError(f"{FLAG} {name}: {model.config.num_labels} labels; a reward model has exactly one")
+        raise ConfigError(
+            f"{FLAG} {name}: {model.config.num_labels} labels; a reward model has exactly one"
+        )
     return with_float32_head(without_dropout(model)).to(device).requires_grad_(False), tokenizer
 
 
@@ -55,7 +67,9 @@ def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str)
             name, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{flag} {name}: no model with a classification head of its kind ({first_line(error)})") from error
+        raise ConfigError(
+            f"{flag} {name}: no model with a classification head of its kind ({first_line(error)})"
+        ) from error
     if hasattr(model, "score"):
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -87,12 +101,18 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int) -> 
     hf, device = cast(Any, model), next(model.parameters()).device
     length = torch.tensor([len(s) for s in sequences], device=device)  # (n,)
     width = int(length.max())
-    ids = torch.tensor([[*s, *[pad_id] * (width - len(s))] for s in sequences], device=device)  # (n, L)
+    ids = torch.tensor(
+        [[*s, *[pad_id] * (width - len(s))] for s in sequences], device=device
+    )  # (n, L)
     mask = (torch.arange(width, device=device) < length[:, None]).long()  # (n, L)
     if not hasattr(model, "score"):  # an encoder such as BERT pools in its own way
         return cast(Tensor, hf(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-    states = hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (n, L, H)
-    return cast(Tensor, hf.score(states[torch.arange(len(ids), device=device), length - 1])[:, 0].float())
+    states = hf.base_model(
+        input_ids=ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state  # (n, L, H)
+    return cast(
+        Tensor, hf.score(states[torch.arange(len(ids), device=device), length - 1])[:, 0].float()
+    )
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -112,10 +132,14 @@ def query_ids(tokenizer: Any, text: str) -> list[int]:
     return encode(tokenizer, text)
 
 
-def messages_ids(tokenizer: Any, messages: list[dict[str, str]], finished: bool, date: str = DAY) -> list[int]:
+def messages_ids(
+    tokenizer: Any, messages: list[dict[str, str]], finished: bool, date: str = DAY
+) -> list[int]:
     """Token ids of a conversation whose last message is the response, in the model's own chat template; `date` as of `render`."""
     try:
-        text = render(tokenizer, messages, "a conversation", date, continue_final_message=not finished)
+        text = render(
+            tokenizer, messages, "a conversation", date, continue_final_message=not finished
+        )
     except ConfigError:
         if finished:
             raise
