@@ -21,8 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 from reinforce.data.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
 from reinforce.errors import ConfigError  # noqa: E402
-from reinforce.flags import parse  # noqa: E402
-from reinforce.run.config import TrainConfig  # noqa: E402
 from reinforce.run.exits import run  # noqa: E402
 
 HELD_OUT = 1 / 3
@@ -73,7 +71,7 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
 
 
 def main() -> None:
-    """Check what follows as flags of train.py, prepare, and print the folder."""
+    """Prepare, and print the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,18 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out malformed lines and count them"
     )
-    args, flags = parser.parse_known_args()
-    data = [
-        "--policy",
-        "x",
-        "--train-data",
-        "x",
-        "--rm-host",
-        "x",
-        "--rm-port",
-        "1",
-    ]  # not there yet
-    parse(TrainConfig, "", [*data, *flags])
+    args = parser.parse_args()
     print(prepare(args.pairs, args.skip_bad_lines))
 
 
