@@ -9,6 +9,8 @@ GET /health, /info and /metrics tell how it is. The wire format is OpenRLHF's `-
 on any other address it wants a token. Left out: TLS, several models, several processes.
 """
 
+import reinforce.prerequisites  # noqa: F401  # isort: skip
+
 import dataclasses
 import errno
 import ipaddress

@@ -13,6 +13,8 @@ Beside GRPO trainers the default deletes the clipped ratio and the old log-probs
 division by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
 """
 
+import reinforce.prerequisites  # noqa: F401  # isort: skip
+
 import faulthandler
 import sys
 from collections.abc import Sequence

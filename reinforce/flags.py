@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
@@ -49,7 +51,11 @@ def spelled(name: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence, as a ConfigError, instead of a page of usage."""
-        raise ConfigError(f"{message} (--help lists every flag)")
+        near: list[str] = []
+        if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
+        raise ConfigError(f"{message} ({hint})")
 
 
 def parse(config: type[C], description: str, argv: Sequence[str] | None = None) -> C:

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reinforce.errors import ConfigError
 from reinforce.head import give_float32_logits
+from reinforce.hub import refuse_missing_path
 from reinforce.text import TEMPLATE
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -24,7 +25,11 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @functools.cache  # once is enough
 def announce(name: str, flag: str) -> None:
-    """Say what is fetched before the wait for a network that may not be there."""
+    """Say what is fetched before the wait for a network that may not be there.
+
+    Raises ConfigError on a path: the hub has none.
+    """
+    refuse_missing_path(name, flag)
     if not Path(name).is_dir():
         print(
             f"{flag} {name}: no such folder here, asking the Hugging Face hub ...",

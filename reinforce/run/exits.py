@@ -6,7 +6,9 @@ torchrun turns every code but 0 into 1, so the code and its reason are also in <
 
 import contextlib
 import json
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -63,11 +65,22 @@ def run(
                 "x" if code else "w"
             ) as file:  # the first rank that fails knows why
                 json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
+    if code:
+        report_to_torchrun(reason)
     if (
         expected
     ):  # else other ranks may be waiting in a collective, and NCCL would wait for them here
         distributed.stop()
     return code
+
+
+def report_to_torchrun(reason: str) -> None:
+    """Let torchrun's report of a failed rank end with the reason, in the file that it names for that."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not Path(file).exists():
+        text = json.dumps({"message": reason, "timestamp": int(time.time())})
+        with contextlib.suppress(OSError):
+            Path(file).write_text(text)
 
 
 class Life:
