@@ -9,8 +9,9 @@ The update, for K responses y ~ pi to each prompt x:
     R = r(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)]       A = R - baseline(R)
     gradient of  -(1/N) sum_b A_b sum_t log pi(y_bt)                 N: rows of the whole optimizer step, all ranks
 
-Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per rollout is on-policy), the
-division by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
+Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per
+rollout is on-policy), the division by the group's deviation, the division by a response's length,
+and KL as a loss term: what is left is unbiased.
 """
 
 import reinforce.prerequisites  # noqa: F401  # isort: skip
@@ -99,7 +100,8 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         greedy_R = distributed.gather_rows(judged_greedy.objective) if judged_greedy else None  # noqa: N806  (P,)
         advantage = baseline(R, valid, greedy_R)  # (P, K)
 
-        # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and the clipped ratio
+        # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and
+        # the clipped ratio
         updates = plan_updates(valid, length, config)
         own_advantage = distributed.deal_rows(advantage).flatten().float().to(actor.device)  # (B,)
         weight = token_weights(rollout.mask, config.loss_norm) * own_valid[:, None]  # (B, T)
@@ -116,7 +118,8 @@ def train(actor: Actor, data: Data, run: Run) -> None:
             optimizer.zero_grad()
             run.updated(sums, grad_norm)
 
-        # 6. log, validate, save; from here on the step counts, whatever becomes of the server or of us
+        # 6. log, validate, save; from here on the step counts, whatever becomes of the server or of
+        # us
         run.finished(made)
         run.validate_if_due()
         run.save_if_due()

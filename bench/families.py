@@ -3,9 +3,10 @@
     python bench/families.py                 every family below; a Markdown table
     python bench/families.py llama mamba     some of them
 
-Told are the largest |log pi| differences of a token in float32 (sampler against scorer, a row in a batch against the row alone),
-whether logits are the head applied to the hidden states, the difference with gradient checkpointing, and the verdict: "trains"
-means that one step of REINFORCE was made by the functions that train.py uses, and that it changed the sampled policy.
+Told are the largest |log pi| differences of a token in float32 (sampler against scorer, a row in a
+batch against the row alone), whether logits are the head applied to the hidden states, the
+difference with gradient checkpointing, and the verdict: "trains" means that one step of REINFORCE
+was made by the functions that train.py uses, and that it changed the sampled policy.
 """
 
 import argparse

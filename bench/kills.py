@@ -4,10 +4,11 @@
     python bench/kills.py --kills 50 --ranks 2         one of two ranks, chosen at random; the other must end by itself
     python bench/kills.py --exact                      before and after each fsync and each rename of one checkpoint
 
-A run is right if every parameter, AdamW's averages, and every line of its logs but for times are bitwise those of the undisturbed
-one, and lost if the same command does not bring it to its end, or does not go on from the newest checkpoint. Each life is a fork
-of this process, so that it need not import PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with
-a checkpoint after every step.
+A run is right if every parameter, AdamW's averages, and every line of its logs but for times are
+bitwise those of the undisturbed one, and lost if the same command does not bring it to its end, or
+does not go on from the newest checkpoint. Each life is a fork of this process, so that it need not
+import PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with a
+checkpoint after every step.
 """
 
 import argparse
@@ -130,7 +131,8 @@ def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: Non
 def buried(pids: list[int], patience: float) -> list[int]:
     """Wait for all of them; their exit codes, -9 for a killed one.
 
-    As torchrun does, the others get SIGTERM when one has failed; one that outlives `patience` is killed and has code -1.
+    As torchrun does, the others get SIGTERM when one has failed; one that outlives `patience` is
+    killed and has code -1.
     """
     codes, end, told = dict[int, int](), time.monotonic() + patience, False
     while len(codes) < len(pids):

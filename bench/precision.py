@@ -2,9 +2,10 @@
 
     python bench/precision.py --policy cache/smollm2/policy
 
-First the rates of products of 512 rows with the model's own weights, medians of alternated repetitions, and what --precision auto
-takes here. Then, in bfloat16, with the head's product in float32 (as train.py has it) and in bfloat16: seconds of one scoring
-pass with gradient, and how far the scorer's log pi is from the sampler's, a token's standard deviation and the share of tokens
+First the rates of products of 512 rows with the model's own weights, medians of alternated
+repetitions, and what --precision auto takes here. Then, in bfloat16, with the head's product in
+float32 (as train.py has it) and in bfloat16: seconds of one scoring pass with gradient, and how far
+the scorer's log pi is from the sampler's, a token's standard deviation and the share of tokens
 whose ratio is outside [0.9, 1.1].
 """
 

@@ -2,7 +2,8 @@
 
     python bench/sample_token.py
 
-Alternates the three on the same probabilities and prints the median of each, and their ratio to the tree.
+Alternates the three on the same probabilities and prints the median of each, and their ratio to the
+tree.
 """
 
 import json

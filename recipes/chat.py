@@ -2,7 +2,8 @@
 
     python recipes/chat.py --policy runs/latest/checkpoints/step-000100
 
-A policy with a chat template gets the conversation so far; one without continues your text. Ctrl-D ends.
+A policy with a chat template gets the conversation so far; one without continues your text. Ctrl-D
+ends.
 """
 
 import dataclasses

@@ -3,10 +3,12 @@
     python recipes/evaluate.py --run runs/latest                                     a run on the toy
     python recipes/evaluate.py --run RUN --test-data test.jsonl --rm-host HOST --rm-port PORT
 
-Both policies answer every prompt with the same random numbers. Told are the mean reward of each, the difference and the win rate
-with paired bootstrap intervals (95 %, over prompts), the KL between them, length, how many end, and distinct-n. The run folder
-gets evaluation.json, evaluation.jsonl (every pair of responses) and report.html, a page that needs nothing else.
-The reward is the one that was trained on: it can be fooled, so read the samples, or give the server of another reward model.
+Both policies answer every prompt with the same random numbers. Told are the mean reward of each,
+the difference and the win rate with paired bootstrap intervals (95 %, over prompts), the KL between
+them, length, how many end, and distinct-n. The run folder gets evaluation.json, evaluation.jsonl
+(every pair of responses) and report.html, a page that needs nothing else. The reward is the one
+that was trained on: it can be fooled, so read the samples, or give the server of another reward
+model.
 """
 
 import base64

@@ -35,8 +35,9 @@ def fit(
 ) -> float:
     """Train in place on examples 0..n-1; return the mean loss of the last tenth of the steps (one step at least).
 
-    `length` is each example's tokens, `loss_sum(rows)` the summed loss of some examples, `count` what each adds to the divisor
-    (answer tokens for SFT, 1 for a pair). The divisor is the whole batch's, whatever the micro-batches. Raises FailedError.
+    `length` is each example's tokens, `loss_sum(rows)` the summed loss of some examples, `count`
+    what each adds to the divisor (answer tokens for SFT, 1 for a pair). The divisor is the whole
+    batch's, whatever the micro-batches. Raises FailedError.
     """
     n = len(length)
     steps = max(1, round(plan.epochs * steps_per_epoch(n, plan.batch_size)))

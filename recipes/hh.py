@@ -2,9 +2,10 @@
 
     python recipes/hh.py PAIRS.jsonl.gz
 
-Every recipe and train.py read these files as they are: SFT learns the chosen replies, the reward model the pairs, REINFORCE takes
-what both replies answer. No conversation of test.jsonl opens as one that anything was trained on. Reward-model accuracy and the
-final evaluation use test.jsonl; validation.jsonl holds a few prompts of the training side, for the curve.
+Every recipe and train.py read these files as they are: SFT learns the chosen replies, the reward
+model the pairs, REINFORCE takes what both replies answer. No conversation of test.jsonl opens as
+one that anything was trained on. Reward-model accuracy and the final evaluation use test.jsonl;
+validation.jsonl holds a few prompts of the training side, for the curve.
 """
 
 import argparse

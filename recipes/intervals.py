@@ -1,7 +1,7 @@
 """95 % intervals: Wilson's for a share, the paired bootstrap for a mean over prompts.
 
-See "Probable Inference, the Law of Succession, and Statistical Inference", Wilson (1927) and "An Introduction to the Bootstrap",
-Efron and Tibshirani (1993).
+See "Probable Inference, the Law of Succession, and Statistical Inference", Wilson (1927) and "An
+Introduction to the Bootstrap", Efron and Tibshirani (1993).
 """
 
 import math

@@ -4,8 +4,9 @@
 
     loss = -(1/N) sum over answer tokens of log pi(token)              N: answer tokens of the whole batch
 
-An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference pair, whose chosen reply is the
-answer. The prompt is tokenized by itself, as it will be when the policy answers it, and the answer ends with an end token.
+An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference
+pair, whose chosen reply is the answer. The prompt is tokenized by itself, as it will be when the
+policy answers it, and the answer ends with an end token.
 """
 
 import sys

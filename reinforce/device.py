@@ -1,6 +1,7 @@
 """Where to compute, and in which precision.
 
-bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and softmax in float32.
+bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and
+softmax in float32.
 """
 
 import os
@@ -31,9 +32,9 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones: a rule, not a measurement, so that all ranks agree.
 
-    On a GPU that has them, on Arm with bf16, on x86 with AMX, and on AMD with AVX512-BF16 (710 against 190 GFLOP/s on an EPYC
-    of two cores). On a Xeon without AMX the same instructions are slower than float32 (147 against 260 GFLOP/s). See
-    bench/precision.py.
+    On a GPU that has them, on Arm with bf16, on x86 with AMX, and on AMD with AVX512-BF16 (710
+    against 190 GFLOP/s on an EPYC of two cores). On a Xeon without AMX the same instructions are
+    slower than float32 (147 against 260 GFLOP/s). See bench/precision.py.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -62,7 +63,8 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 def only_deterministic() -> None:
     """Let this process use algorithms alone that give the same bits each time; an operation that has none raises.
 
-    See PyTorch's notes on reproducibility. cuBLAS reads its variable when its first product is computed, so call this before.
+    See PyTorch's notes on reproducibility. cuBLAS reads its variable when its first product is
+    computed, so call this before.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

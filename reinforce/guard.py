@@ -4,9 +4,10 @@
     a padded row against itself  alone: log pi must not depend on the neighbours
     with checkpointing           if it is asked for, against without
 
-A model that fails any of these would train another policy than the one that is sampled, and nothing would show it but the
-result. Encoders, recurrent models without a usable cache and broken checkpoints fail here, in one sentence. A gap is looked at
-twice, on other prompts, since a router may flip at a tie. What it does not see: lengths far beyond a few tokens.
+A model that fails any of these would train another policy than the one that is sampled, and nothing
+would show it but the result. Encoders, recurrent models without a usable cache and broken
+checkpoints fail here, in one sentence. A gap is looked at twice, on other prompts, since a router
+may flip at a tie. What it does not see: lengths far beyond a few tokens.
 """
 
 import time

@@ -1,8 +1,9 @@
 """Float32 logits: the output head's product has a float32 result, whatever the precision of the rest.
 
-A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the reference all call the head, so
-the rule stands here, once: on a CPU the product is computed in float32; on a GPU under autocast its operands are bfloat16, the
-sum and the result float32. Left out: heads that are not a plain linear layer, whose result is only cast.
+A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the
+reference all call the head, so the rule stands here, once: on a CPU the product is computed in
+float32; on a GPU under autocast its operands are bfloat16, the sum and the result float32. Left
+out: heads that are not a plain linear layer, whose result is only cast.
 """
 
 import functools

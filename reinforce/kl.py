@@ -2,10 +2,12 @@
 
     d = log pi(y_t) - log pi_ref(y_t)        k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
 
-k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is exactly the gradient of
-KL(pi || pi_ref). k3 has the same mean and less variance, so it reads better in a log, but as a reward its gradient is wrong
-(cosine 0.72 to the true one on the enumerated language of the tests). See "Approximating KL Divergence", Schulman (2020,
-http://joschu.net/blog/kl-approx.html). Left out: KL as a loss term, whose k1 form has gradient 0 in expectation.
+k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is
+exactly the gradient of KL(pi || pi_ref). k3 has the same mean and less variance, so it reads better
+in a log, but as a reward its gradient is wrong (cosine 0.72 to the true one on the enumerated
+language of the tests). See "Approximating KL Divergence", Schulman (2020,
+http://joschu.net/blog/kl-approx.html). Left out: KL as a loss term, whose k1 form has gradient 0 in
+expectation.
 """
 
 import torch

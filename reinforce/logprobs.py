@@ -1,9 +1,10 @@
 """log pi of given responses: response positions only, in float32, a chunk of positions at a time.
 
-Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update. Here the base model gives
-hidden states, and the output head runs on the real response tokens alone, in chunks whose logits are recomputed in the
-backward pass. That is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its
-logits, Cohere and Granite scale them) take their own forward pass.
+Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update.
+Here the base model gives hidden states, and the output head runs on the real response tokens alone,
+in chunks whose logits are recomputed in the backward pass. That is exact where logits = head(hidden
+states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its logits, Cohere and
+Granite scale them) take their own forward pass.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,9 @@ def policy_logits(
 ) -> Tensor:
     """Logits of the policy that is sampled, float32 (n, V): scaled by 1 / temperature, end tokens barred while t < min.
 
-    `t` (n,) is each row's response position. The sampler, the scorer and the reference all come through here: two of them
-    with different temperatures or masks would be two different policies, and every ratio between them wrong.
+    `t` (n,) is each row's response position. The sampler, the scorer and the reference all come
+    through here: two of them with different temperatures or masks would be two different policies,
+    and every ratio between them wrong.
     """
     logits = logits.float() / temperature
     if min_new_tokens:

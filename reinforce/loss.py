@@ -2,9 +2,10 @@
 
     loss = -(1/N) sum_b A_b sum_t w_bt logp_bt            grad loss = -(1/N) sum_b A_b grad log pi(y_b)
 
-Its value measures nothing; only its gradient is used. N is one number for the whole optimizer step: all ranks, all
-micro-batches. Dividing by a micro-batch's own count instead gives tokens of short micro-batches more weight.
-See "Policy Gradient Methods for Reinforcement Learning with Function Approximation", Sutton et al. (1999).
+Its value measures nothing; only its gradient is used. N is one number for the whole optimizer step:
+all ranks, all micro-batches. Dividing by a micro-batch's own count instead gives tokens of short
+micro-batches more weight. See "Policy Gradient Methods for Reinforcement Learning with Function
+Approximation", Sutton et al. (1999).
 """
 
 import torch
@@ -42,8 +43,9 @@ def clipped_loss(
 ) -> Tensor:
     """Several optimizer steps from one rollout: -sum_b sum_t weight * min(rho A, clip(rho, 1 +- clip) A) / divisor.
 
-    rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s; away from it, biased.
-    See "Proximal Policy Optimization Algorithms", Schulman et al. (2017, arXiv 1707.06347).
+    rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s;
+    away from it, biased. See "Proximal Policy Optimization Algorithms", Schulman et al. (2017,
+    arXiv 1707.06347).
 
     >>> logp = torch.tensor([[-1.0]])
     >>> clipped_loss(logp, logp - 1, torch.tensor([1.0]), torch.tensor([[True]]), divisor=1, clip=0.2)
@@ -80,8 +82,9 @@ def clipped_tokens(
 def token_weights(mask: Tensor, norm: str) -> Tensor:
     """The w of the formula, (B, T): the mask itself, or for norm "length" mask / own length (the seed's).
 
-    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1 / |y|]: another objective, in which a
-    short response is worth more than a long one of the same reward.
+    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1 /
+    |y|]: another objective, in which a short response is worth more than a long one of the same
+    reward.
 
     >>> token_weights(torch.tensor([[True, True, False]]), "length")
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -95,9 +98,10 @@ def token_weights(mask: Tensor, norm: str) -> Tensor:
 def normaliser(length: Tensor, valid: Tensor, norm: str) -> int:
     """The N of the formula over all rows of an optimizer step: length and valid of any one shape.
 
-    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the unbiased default. "token" divides by
-    a number that depends on the responses: with many rows its expectation nears the true gradient over the mean length, with few
-    it favours short batches. A learning rate and a beta do not carry over from one to another: they differ by about a length.
+    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the
+    unbiased default. "token" divides by a number that depends on the responses: with many rows its
+    expectation nears the true gradient over the mean length, with few it favours short batches. A
+    learning rate and a beta do not carry over from one to another: they differ by about a length.
 
     >>> normaliser(torch.tensor([3, 5]), torch.tensor([True, False]), "token")
     3

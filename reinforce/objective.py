@@ -2,8 +2,9 @@
 
     R = r(x, y) - beta * KL - missing-EOS penalty of an unfinished response
 
-The KL is in the reward, before the baseline, and no gradient flows through it. By default it is k1 summed over the response,
-the one choice whose REINFORCE gradient is that of KL(pi || pi_ref); see `kl.py` for the others.
+The KL is in the reward, before the baseline, and no gradient flows through it. By default it is k1
+summed over the response, the one choice whose REINFORCE gradient is that of KL(pi || pi_ref); see
+`kl.py` for the others.
 """
 
 from dataclasses import dataclass
@@ -44,9 +45,10 @@ def objective(
 def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
     """`valid` of each response, (B,) bool: those that have a reward, with --truncated drop the finished ones among them.
 
-    A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For one prompt, rloo follows
-    E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts, N counts the rows of all of them, so a prompt with
-    few counted rows weighs less: rloo weighs grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
+    A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For
+    one prompt, rloo follows E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts,
+    N counts the rows of all of them, so a prompt with few counted rows weighs less: rloo weighs
+    grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
 
     >>> counted(torch.tensor([True, False, True]), torch.tensor([1.0, 1.0, torch.nan]), "drop")
     tensor([ True, False, False])

@@ -4,9 +4,10 @@
         b = R.masked_fill(~valid, torch.nan).nanmedian(1, keepdim=True).values
         return (R - b).masked_fill(~valid, 0.0)
 
-Every rank calls it with the same rows of all ranks, so it must be deterministic. An object with an attribute `state`, a JSON
-value, has it saved in each checkpoint and set again when the run goes on. What the baseline does to the gradient is its
-author's business: unbiased is one that does not depend on the row's own response.
+Every rank calls it with the same rows of all ranks, so it must be deterministic. An object with an
+attribute `state`, a JSON value, has it saved in each checkpoint and set again when the run goes on.
+What the baseline does to the gradient is its author's business: unbiased is one that does not
+depend on the row's own response.
 """
 
 import json

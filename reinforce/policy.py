@@ -1,7 +1,8 @@
 """A causal language model from a Hugging Face folder or hub id, made ready to be sampled and scored.
 
-Dropout is off for good: the policy that is scored must be the policy that was sampled. A tokenizer without a pad token is no
-obstacle, since masks come from lengths. Left out: LoRA, quantised weights, and code that ships with a checkpoint.
+Dropout is off for good: the policy that is scored must be the policy that was sampled. A tokenizer
+without a pad token is no obstacle, since masks come from lengths. Left out: LoRA, quantised
+weights, and code that ships with a checkpoint.
 """
 
 import functools
@@ -124,8 +125,9 @@ def read_config(name: str, flag: str = "--policy") -> Any:
 def context_length(name: str, flag: str = "--policy") -> int | None:
     """Longest sequence for which log pi depends on the row alone, in tokens, from the config; None if it names none.
 
-    Beyond its original length a longrope model takes other frequencies for the whole batch as soon as one row is that long, and
-    sparse attention picks among more positions than it keeps. Raises ConfigError.
+    Beyond its original length a longrope model takes other frequencies for the whole batch as soon
+    as one row is that long, and sparse attention picks among more positions than it keeps. Raises
+    ConfigError.
     """
     config = read_config(name, flag).get_text_config()
     lengths = [
@@ -154,7 +156,8 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def checkpoint_blocks(model: nn.Module) -> bool:
     """From now on keep no activations inside a block, but compute them again in the backward pass; whether there are blocks.
 
-    The model stays in eval mode: transformers' own switch works in train mode alone, in which routers and layer drops are random.
+    The model stays in eval mode: transformers' own switch works in train mode alone, in which
+    routers and layer drops are random.
     """
     found = blocks(model)
     for block in found:
@@ -182,8 +185,8 @@ def load_policy(
 ) -> nn.Module:
     """The model in float32, dropout off. Raises ConfigError.
 
-    `frozen_dtype` is for the reference, which is never updated: it stores the weights of linear layers as autocast would
-    cast them, so it scores exactly as the policy does, in half the memory.
+    `frozen_dtype` is for the reference, which is never updated: it stores the weights of linear
+    layers as autocast would cast them, so it scores exactly as the policy does, in half the memory.
     """
     read_config(name, flag)
     try:

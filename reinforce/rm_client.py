@@ -1,8 +1,8 @@
 """Rewards over HTTP, validated: exactly one finite number per response, or an exception. A reward is never invented.
 
-What another try can cure (a refused or cut connection, a time-out, 408, 429, 502, 503, 504) is tried again, with growing
-pauses, until a total deadline; everything else ends the run at once. Scoring is a pure function of the text, so trying again
-is safe.
+What another try can cure (a refused or cut connection, a time-out, 408, 429, 502, 503, 504) is
+tried again, with growing pauses, until a total deadline; everything else ends the run at once.
+Scoring is a pure function of the text, so trying again is safe.
 """
 
 import http.client
@@ -86,7 +86,8 @@ class RewardClient:
     def connect(self, wait: float = 0.0) -> ServerInfo:
         """Find the server within `wait` seconds (0: one try) and pin its fingerprint.
 
-        Raises ConfigError if nobody answers and wait is 0, or a foreign service does; RetryError after a wait in vain.
+        Raises ConfigError if nobody answers and wait is 0, or a foreign service does; RetryError
+        after a wait in vain.
         """
         end, said = time.monotonic() + wait, time.monotonic()
         while True:
@@ -129,7 +130,8 @@ class RewardClient:
     ) -> list[float]:
         """One reward per text, in order; requests are split to the server's limit. Raises RewardError or RetryError.
 
-        Exactly one of `query` (prompt and response as one text) and `messages` (the last one is the response).
+        Exactly one of `query` (prompt and response as one text) and `messages` (the last one is the
+        response).
         """
         if (query is None) == (messages is None):
             raise ValueError("exactly one of query and messages")

@@ -108,7 +108,8 @@ class Connection:
     def exchange(self, method: str, path: str, payload: Any, limit: float) -> Reply:
         """The reply to one request before `limit`, a time.monotonic().
 
-        Raises TryAgainError, RewardError for an endless reply, http.client.HTTPException for what is no HTTP.
+        Raises TryAgainError, RewardError for an endless reply, http.client.HTTPException for what
+        is no HTTP.
         """
         body = None if payload is None else json.dumps(payload, allow_nan=False).encode()
         headers = {"Content-Type": "application/json"} if body is not None else {}

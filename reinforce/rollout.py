@@ -104,7 +104,8 @@ def micro_batches(
 ) -> list[list[int]]:
     """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
 
-    `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest prompt and its longest response.
+    `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest
+    prompt and its longest response.
 
     >>> micro_batches([8, 1, 1, 1], [1, 1, 2, 7], max_rows=3, max_tokens=20)
     [[1, 2], [3], [0]]

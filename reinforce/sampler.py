@@ -2,10 +2,11 @@
 
     y_t ~ softmax(logits / temperature)
 
-Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so what it draws does not
-depend on its neighbours, the batch size or the number of ranks, and there is no random state to save. A prompt runs through
-the model once and its K responses share the cache; rows that have ended leave the batch. Which tokens belong to a response is
-kept as a length, never read back from token ids: the pad token may well be an end token.
+Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so
+what it draws does not depend on its neighbours, the batch size or the number of ranks, and there is
+no random state to save. A prompt runs through the model once and its K responses share the cache;
+rows that have ended leave the batch. Which tokens belong to a response is kept as a length, never
+read back from token ids: the pad token may well be an end token.
 """
 
 import hashlib
@@ -60,10 +61,11 @@ def draw_coins(seeds: Sequence[int], steps: int, vocabulary: int) -> Tensor:
 def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     """Draw one token a row: probs (B, V) of any positive scale, coins (B, ceil(log2 V)) in [0, 1) -> token ids (B,).
 
-    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >= left. Exact up to the 24
-    bits of a float32 coin; a token of probability 0 is never drawn. A rounding error moves a draw only if it moves one of log2 V
-    branch points across its coin; inverting a running sum over the whole vocabulary is far more sensitive, and
-    `torch.multinomial` draws V numbers a row.
+    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >=
+    left. Exact up to the 24 bits of a float32 coin; a token of probability 0 is never drawn. A
+    rounding error moves a draw only if it moves one of log2 V branch points across its coin;
+    inverting a running sum over the whole vocabulary is far more sensitive, and `torch.multinomial`
+    draws V numbers a row.
 
     >>> sample_token(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([[0.9, 0.3]]))
     tensor([2])
@@ -137,7 +139,8 @@ def sample(
 
     `model` is a Hugging Face causal language model on `device`, or its forward method.
 
-    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without `decode`.
+    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without
+    `decode`.
     """
     if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
@@ -220,8 +223,8 @@ def completes(
 ) -> Tensor:
     """Which responses hold an end string that their last token completed, (n,) bool; tokens (n, 1 + t), the prompt's last first.
 
-    Only text after the first of the tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the
-    space before a text's first word.
+    Only text after the first of the tokens that are looked at counts. It is decoded with them,
+    since a tokenizer may drop the space before a text's first word.
     """
     window = max(len(s.encode()) for s in end_strings) + 2  # a token is at least one byte
 

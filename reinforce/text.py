@@ -1,7 +1,8 @@
 """Text and tokens: what a prompt is, how its response becomes text again, and what is sent to the reward server.
 
-The reward model reads text that stands for exactly the sampled tokens: special tokens included, an end token only where the
-response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
+The reward model reads text that stands for exactly the sampled tokens: special tokens included, an
+end token only where the response has one. Both halves are decoded together, since a tokenizer may
+drop the space between them when it sees one alone.
 """
 
 import datetime
@@ -63,8 +64,9 @@ def render(
 ) -> str:
     """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it.
 
-    Some templates print the day, by `strftime_now`; `date`, YYYY-MM-DD, is then that day and not today, so that a prompt has the
-    same tokens when a run goes on tomorrow. The tokenizer's own template stays as it is.
+    Some templates print the day, by `strftime_now`; `date`, YYYY-MM-DD, is then that day and not
+    today, so that a prompt has the same tokens when a run goes on tomorrow. The tokenizer's own
+    template stays as it is.
     """
     if date is not None and "strftime_now" in str(tokenizer.chat_template):
         how["chat_template"] = at_day(
@@ -116,9 +118,9 @@ def reward_requests(
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
     """(rows, arguments of RewardClient.rewards) for a rollout of B rows, row b of prompt b // (B / P).
 
-    Rows whose prompt has messages are sent as messages, unless `as_text` is asked for, all others as one text a row: so two
-    requests where a file mixes them. Always with prompts, finished and the response without special tokens, for rewards that are
-    plain functions of a text.
+    Rows whose prompt has messages are sent as messages, unless `as_text` is asked for, all others
+    as one text a row: so two requests where a file mixes them. Always with prompts, finished and
+    the response without special tokens, for rewards that are plain functions of a text.
     """
     ids, finished = response_ids(rollout), rollout.finished.tolist()
     k = len(ids) // len(prompts)

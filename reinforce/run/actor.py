@@ -175,7 +175,8 @@ class Actor:
     def micro_batches(self, batch: Batch, update: Update) -> Iterator[Batch]:
         """The parts of this rank's rows of an optimizer step; gradients are exchanged in the last one's backward pass.
 
-        Every rank gets as many: one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
+        Every rank gets as many: one that has no rows left gets a row of weight 0, since a sharded
+        model needs all ranks.
         """
         config = self.config
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)

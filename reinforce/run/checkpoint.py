@@ -5,9 +5,10 @@
     state.json                                   step, validation reward, state of the baseline, precision, refused responses
     manifest.json                                size and sha256 of all of these
 
-Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep. It is written beside
-its place, flushed to the disk and renamed: a folder of that name is whole, and what the disk does to it later shows in the
-manifest. Left out: shards written by every rank (one copy of the model must fit rank 0's memory).
+Prompt order, learning rate and random numbers are functions of the step, so there is nothing else
+to keep. It is written beside its place, flushed to the disk and renamed: a folder of that name is
+whole, and what the disk does to it later shows in the manifest. Left out: shards written by every
+rank (one copy of the model must fit rank 0's memory).
 """
 
 import hashlib
@@ -42,7 +43,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` finished steps; keep the last one and the `keep_best` best by state["val_reward"].
 
-    Every rank calls it, rank 0 writes. Raises FailedError on all of them if the disk is full; older checkpoints are then untouched.
+    Every rank calls it, rank 0 writes. Raises FailedError on all of them if the disk is full; older
+    checkpoints are then untouched.
     """
     weights = dict(_whole(model.state_dict(keep_vars=True).items()))
     moments = dict(_whole(_moments(model, optimizer)))
@@ -104,7 +106,8 @@ def _moments(
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its state at that checkpoint; the model is loaded from the same folder beforehand.
 
-    Raises FailedError if the two do not name the same parameters: averages that start from 0 would be another run.
+    Raises FailedError if the two do not name the same parameters: averages that start from 0 would
+    be another run.
     """
     places = [folder / OPTIMIZER, folder / Path(OPTIMIZER).name]  # the second is an older version's
     place = next((place for place in places if place.exists()), None)

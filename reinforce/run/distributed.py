@@ -1,11 +1,13 @@
 """Every torch.distributed call there is, behind a few verbs. Without torchrun all but FSDP's are no-ops on one process.
 
-Whole prompts are dealt to ranks round-robin, so a group's K responses are always on one rank, and what a rank makes of its
-prompts is gathered and put back into prompt order: advantages and metrics are computed from all rows, the same on every rank.
-Parameters are copied to every rank (DDP), or cut into shards and gathered block by block (FSDP2).
+Whole prompts are dealt to ranks round-robin, so a group's K responses are always on one rank, and
+what a rank makes of its prompts is gathered and put back into prompt order: advantages and metrics
+are computed from all rows, the same on every rank. Parameters are copied to every rank (DDP), or
+cut into shards and gathered block by block (FSDP2).
 
-See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv 2304.11277). Left out: tensor
-and pipeline parallelism, and shards that are read from the disk one by one: a rank holds the whole model while it starts.
+See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv
+2304.11277). Left out: tensor and pipeline parallelism, and shards that are read from the disk one
+by one: a rank holds the whole model while it starts.
 """
 
 import contextlib
@@ -65,7 +67,8 @@ def start(device: torch.device, alone: bool) -> None:
         except Exception as error:
             raised.append(error)
 
-    # in a thread, since it waits in C++ for ranks that may have died, and there no signal reaches Python
+    # in a thread, since it waits in C++ for ranks that may have died, and there no signal reaches
+    # Python
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     while thread.is_alive():
@@ -77,7 +80,8 @@ def start(device: torch.device, alone: bool) -> None:
 def stop() -> None:
     """Leave the group; harmless if it was never joined."""
     if dist.is_initialized():
-        # a thread of gloo drops the tensors of the last collective a moment later, and aborts if the interpreter is gone by then
+        # a thread of gloo drops the tensors of the last collective a moment later, and aborts if
+        # the interpreter is gone by then
         time.sleep(0.1)
         dist.destroy_process_group()
 
@@ -122,7 +126,8 @@ def gather_rows(tensor: Tensor) -> Tensor:
 def together(work: Callable[[], T], only_first: bool = False) -> T:
     """Call `work` on every rank, or on rank 0 alone, whose result then is everyone's.
 
-    Where it raises one of our errors on any rank, the first such rank's is raised on all of them, so that none waits for another.
+    Where it raises one of our errors on any rank, the first such rank's is raised on all of them,
+    so that none waits for another.
     """
     result: Any = None
     error: Exception | None = None
@@ -145,8 +150,9 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
 def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
     """The module (a Scorer), its gradients averaged over ranks in the backward pass; `backward` makes sums of them.
 
-    fsdp shards it in place, each transformer block for itself, in `device`'s memory; with bf16 what is gathered is bfloat16, and
-    the float32 shards are what the optimizer sees. Its forward and its `decode` gather first what they need.
+    fsdp shards it in place, each transformer block for itself, in `device`'s memory; with bf16 what
+    is gathered is bfloat16, and the float32 shards are what the optimizer sees. Its forward and its
+    `decode` gather first what they need.
     """
     if parallel == "fsdp":
         mesh = init_device_mesh(device.type, (world_size(),))
@@ -164,8 +170,9 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
         return scorer
     ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
-    # DDP sorts its buckets anew after the first backward pass, and with more than two ranks that changes the order of its sums; a
-    # first pass of weight 0 makes all real ones alike, those of a run that goes on too
+    # DDP sorts its buckets anew after the first backward pass, and with more than two ranks that
+    # changes the order of its sums; a first pass of weight 0 makes all real ones alike, those of a
+    # run that goes on too
     token, mask = (
         torch.zeros(1, 1, dtype=torch.long, device=device),
         torch.ones(1, 1, dtype=torch.bool, device=device),

@@ -1,7 +1,8 @@
 """How a script ends: its exit code, and for a run exit.json.
 
-Exit codes: 0 done, 1 failed and a retry will not cure it, 2 your configuration or input, 75 run the same command again.
-torchrun turns every code but 0 into 1, so the code and its reason are also in <log-dir>/exit.json.
+Exit codes: 0 done, 1 failed and a retry will not cure it, 2 your configuration or input, 75 run the
+same command again. torchrun turns every code but 0 into 1, so the code and its reason are also in
+<log-dir>/exit.json.
 """
 
 import contextlib

@@ -33,8 +33,9 @@ def is_ours(folder: Path) -> bool:
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a run folder, so that the same command given twice does not write there twice; exit.json of the last one is removed.
 
-    Raises ConfigError if another process holds it, or nobody can write there. The lock ends with this block, or with this process,
-    however it ends; on a network file system that of a crashed node may take minutes, so a job of Slurm waits for it.
+    Raises ConfigError if another process holds it, or nobody can write there. The lock ends with
+    this block, or with this process, however it ends; on a network file system that of a crashed
+    node may take minutes, so a job of Slurm waits for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """What one prompt gave: K responses as text and as numbers. Built from a rank's rollout, gathered over ranks, logged.
 
-The reward model reads text that stands for exactly the sampled tokens: special tokens included, an end token only where the
-response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
+The reward model reads text that stands for exactly the sampled tokens: special tokens included, an
+end token only where the response has one. Both halves are decoded together, since a tokenizer may
+drop the space between them when it sees one alone.
 """
 
 import json

@@ -111,7 +111,8 @@ def rewards_of(groups: Sequence[Group]) -> list[float]:
 def distinct(texts: Sequence[str], n: int = 2) -> float:
     """Distinct-n: different word n-grams over all word n-grams of the texts; falls towards 0 as they become alike.
 
-    See "A Diversity-Promoting Objective Function for Neural Conversation Models", Li et al. (2016, arXiv 1510.03055).
+    See "A Diversity-Promoting Objective Function for Neural Conversation Models", Li et al. (2016,
+    arXiv 1510.03055).
 
     >>> distinct(["a b a b"])
     0.6666666666666666

@@ -4,8 +4,9 @@
              must    the run that is there, or nothing
              never   a new run, or nothing
 
-A run is what gives its update: data, initial policy, reward model, and every flag but those of SOFT. All that is written to
-identity.json at the start; a command that differs in any of it is refused with the differences, and never starts from scratch.
+A run is what gives its update: data, initial policy, reward model, and every flag but those of
+SOFT. All that is written to identity.json at the start; a command that differs in any of it is
+refused with the differences, and never starts from scratch.
 """
 
 import dataclasses

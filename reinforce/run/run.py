@@ -1,9 +1,10 @@
 """A run, as the loop sees it: which steps are to come, what became of each, and what may never be lost.
 
-What has been updated is logged and saved whatever happens next: a server that is gone or gives a wrong answer, a signal, the end
-of the time. Leaving the block of `with Run(...)` on a RetryError or a RewardError saves the finished steps. Inside the loop such
-errors come out of `distributed.together`, on every rank, and never between an update and `finished`, so that saving may need
-all ranks.
+What has been updated is logged and saved whatever happens next: a server that is gone or gives a
+wrong answer, a signal, the end of the time. Leaving the block of `with Run(...)` on a RetryError or
+a RewardError saves the finished steps. Inside the loop such errors come out of
+`distributed.together`, on every rank, and never between an update and `finished`, so that saving
+may need all ranks.
 """
 
 import math

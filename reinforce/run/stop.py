@@ -10,8 +10,8 @@ from reinforce.errors import RetryError
 class Stop:
     """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time.
 
-    Before the loop there is nothing to save, and a signal ends the run; in the loop it is noted, however many come, and the
-    loop asks when a step is done. A save is never interrupted.
+    Before the loop there is nothing to save, and a signal ends the run; in the loop it is noted,
+    however many come, and the loop asks when a step is done. A save is never interrupted.
     """
 
     def __init__(self) -> None:
