@@ -22,11 +22,12 @@ CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 def policy_logits(
     logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor, min_new_tokens: int
 ) -> Tensor:
-    """Logits of the policy that is sampled, float32 (n, V): scaled by 1 / temperature, end tokens barred while t < min.
+    """Logits of the policy that is sampled, float32 (n, V).
 
-    `t` (n,) is each row's response position. The sampler, the scorer and the reference all come
-    through here: two of them with different temperatures or masks would be two different policies,
-    and every ratio between them wrong.
+    They are divided by the temperature, and end tokens are barred at positions before
+    `min_new_tokens`. `t` (n,) is each row's response position. The sampler, the scorer and the
+    reference all come through here: two of them with different temperatures or masks would be two
+    different policies, and every ratio between them wrong.
     """
     logits = logits.float() / temperature
     if min_new_tokens:
@@ -36,7 +37,7 @@ def policy_logits(
 
 
 class Scorer(nn.Module):
-    """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
+    """A causal language model whose forward returns logp (B, T): what DDP and FSDP wrap."""
 
     def __init__(
         self,
@@ -46,7 +47,10 @@ class Scorer(nn.Module):
         end_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
     ) -> None:
-        """`model` is a Hugging Face causal language model, `plain` its `guard.head_is_plain`; the others are the sampler's."""
+        """`model` is a Hugging Face causal language model, `plain` its `guard.head_is_plain`.
+
+        The others are the sampler's.
+        """
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -57,30 +61,26 @@ class Scorer(nn.Module):
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor
     ) -> Tensor:
-        """prompt, prompt_mask (B, S) padded left, response, mask (B, T) padded right -> logp (B, T), 0 outside the mask.
+        """logp (B, T) of the response's tokens, 0 outside the mask.
 
-        Token t of the response is predicted at column S - 1 + t, one before its own.
+        prompt, prompt_mask (B, S) are padded left, response, mask (B, T) right. Token t of the
+        response is predicted at column S - 1 + t, one before its own.
         """
         hf, s = cast(Any, self.model), prompt.shape[1]
         ids = torch.cat([prompt, response], 1)  # (B, S + T)
         seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
-        place = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": seen.long(),
-            "position_ids": place,
-            "use_cache": False,
-        }
+        position = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
+        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": position}
         if self.plain:
-            states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][
-                mask
-            ]  # (n, H), n response tokens
+            states = hf.base_model(**inputs, use_cache=False).last_hidden_state[
+                :, s - 1 : -1
+            ]  # (B, T, H)
             head = float32_product(hf.get_output_embeddings())
         else:
-            states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][
-                mask
-            ]  # (n, V)
+            kept = response.shape[1] + 1
+            states = hf(**inputs, use_cache=False, logits_to_keep=kept).logits[:, :-1]  # (B, T, V)
             head = Tensor.float
+        states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
@@ -91,7 +91,10 @@ class Scorer(nn.Module):
         return logp.masked_scatter(mask, torch.cat(parts))
 
     def decode(self, **inputs: Any) -> Any:
-        """The model's own forward pass, for sampling; a sharded model is entered through here or through `forward`."""
+        """The model's own forward pass, for sampling.
+
+        A sharded model is entered through here or through `forward`.
+        """
         return self.model(**inputs)
 
     def _token_logp(

@@ -31,8 +31,8 @@ def objective(
 ) -> Tensor:
     """R of each response, all (B,) on one device; `kl` None stands for beta = 0.
 
-    >>> r, kl, finished = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), torch.tensor([True, False])
-    >>> objective(r, kl, 0.05, finished, missing_eos_penalty=0.5)
+    >>> r, kl = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0])
+    >>> objective(r, kl, 0.05, torch.tensor([True, False]), missing_eos_penalty=0.5)
     tensor([0.9000, 0.5000])
     """
     if kl is not None:
@@ -43,7 +43,7 @@ def objective(
 
 
 def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
-    """`valid` of each response, (B,) bool: those that have a reward, with --truncated drop the finished ones among them.
+    """`valid` of each response, (B,) bool: it has a reward, and with --truncated drop has finished.
 
     A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For
     one prompt, rloo follows E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts,

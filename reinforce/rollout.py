@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses. Prompts are padded on the left, responses on the right, so column S is every row's first response token."""
+    """B responses: prompts padded on the left, responses on the right.
+
+    So column S is every row's first response token.
+    """
 
     prompt: Tensor  # (B, S) token ids
     prompt_mask: Tensor  # (B, S) bool
@@ -32,7 +35,10 @@ class Rollout:
         return self.prompt_mask.sum(1).tolist(), self.length.tolist()
 
     def take(self, rows: Sequence[int]) -> "Rollout":
-        """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
+        """Some of the rows, without the padding that they do not need.
+
+        Of no rows: one row of which no token counts.
+        """
         if not rows:
             one = self.mask[:1, :1]
             return Rollout(
@@ -64,9 +70,8 @@ def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     def padded(name: str, left: bool, fill: float) -> Tensor:
         parts = [getattr(r, name) for r in rollouts]
         widths = [(s - p.shape[1], 0) if left else (0, t - p.shape[1]) for p in parts]
-        return torch.cat(
-            [nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)]
-        )
+        pairs = zip(parts, widths, strict=True)
+        return torch.cat([nn.functional.pad(part, width, value=fill) for part, width in pairs])
 
     return Rollout(
         padded("prompt", True, pad_id),
@@ -85,13 +90,14 @@ class Batch:
     rollout: Rollout
     advantage: Tensor  # (B,) float32
     weight: Tensor  # (B, T) float32, w of the loss, 0 in rows that do not count
-    logp_old: Tensor | None = (
-        None  # (B, T), of the policy before the first of several optimizer steps
-    )
+    logp_old: Tensor | None = None  # (B, T), before the first of several optimizer steps
     rows: Sequence[int] = ()  # of a part: its rows' numbers in the whole
 
     def take(self, rows: Sequence[int]) -> "Batch":
-        """Some of the rows; of no rows, one row of weight 0, for a rank that has none left while others have."""
+        """Some of the rows.
+
+        Of no rows: one row of weight 0, for a rank that has none left while others have.
+        """
         part, at = self.rollout.take(rows), list(rows) or [0]
         t = part.mask.shape[1]
         weight = self.weight[at, :t] if rows else torch.zeros_like(self.weight[:1, :t])  # (b, T)
@@ -102,10 +108,10 @@ class Batch:
 def micro_batches(
     prompt: Sequence[int], response: Sequence[int], max_rows: int, max_tokens: int
 ) -> list[list[int]]:
-    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
+    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens.
 
-    `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest
-    prompt and its longest response.
+    A run has one row at least. `prompt` and `response` are the two lengths of each row. Padding
+    counts: a run is as wide as its longest prompt and its longest response.
 
     >>> micro_batches([8, 1, 1, 1], [1, 1, 2, 7], max_rows=3, max_tokens=20)
     [[1, 2], [3], [0]]
