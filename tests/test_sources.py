@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, script, train_here
 from datasets import Dataset, DatasetDict
 
 from recipes.sft import check_example
@@ -224,3 +224,28 @@ def test_nothing_is_left_behind_and_nothing_old_is_served(tmp_path):
         told = [rank.communicate(timeout=120) for rank in ranks]
         assert [out for out, _ in told] == [f"{[word] * 3}\n"] * 2, told
         assert sorted(data.rglob("*")) == before and not list(home.rglob("*.arrow"))
+
+
+def test_a_run_goes_on_from_the_same_prompts_in_another_form_and_not_from_other_labels(small, server_port, tmp_path):
+    prompts = [json.loads(line)["prompt"] for line in (small / "train.jsonl").read_text().splitlines()]
+    rows = [{"question": prompt, "answer": str(i), "other": "x"} for i, prompt in enumerate(prompts)]
+    write(tmp_path / "p.csv", "question,answer,other\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
+    Dataset.from_list([{"prompt": row["question"], "label": row["answer"]} for row in rows]).to_parquet(tmp_path / "p.parquet")
+    common = ["--policy", small / "policy", "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "6",
+              "--num-rollouts-per-prompt", "2", "--max-new-tokens", "4", "--log-dir", tmp_path / "run"]  # fmt: skip
+
+    def go(data, *more):
+        return train_here(*common, "--train-data", tmp_path / data, *more)
+
+    assert "--prompt-key" in (out := go("p.csv")).stdout and out.returncode == 2
+    keys = ["--prompt-key", "question", "--label-key"]
+    assert (out := go("p.csv", *keys, "answer", "--max-steps", "1")).returncode == 0, out.stdout
+    assert (out := go("p.parquet", "--max-steps", "2")).returncode == 0 and "step 2/2" in out.stdout, out.stdout
+    assert (out := go("p.csv", *keys, "other", "--max-steps", "3")).returncode == 2
+    assert "holds another run: prompts was" in out.stdout
+    facts = json.loads((tmp_path / "run/config.json").read_text())
+    assert facts["prompt_key"] is None and facts["train_data"].endswith("p.parquet")
+
+    words = ["--run", tmp_path / "run", "--rm-host", "127.0.0.1", "--rm-port", server_port, "--max-prompts", "4"]
+    told = script("recipes/evaluate.py", *words, "--test-data", tmp_path / "p.csv", "--prompt-key", "question")
+    assert told.returncode == 0 and "win rate" in told.stdout, told.stdout
