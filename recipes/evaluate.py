@@ -50,6 +50,8 @@ OVERRIDES = (
     "seed",
     "device",
     "precision",
+    "prompt_key",
+    "label_key",
     "skip_bad_lines",
 )
 STEP = -2  # of evaluation's random numbers: neither training's nor validation's
@@ -72,6 +74,12 @@ class Config:
     )
     test_data: str | None = flag(
         None, "what", "prompts, as train.py reads them (default: the run's validation prompts)"
+    )
+    prompt_key: str | None = flag(
+        None, "what", "column of the prompt in --test-data (default: as the run)"
+    )
+    label_key: str | None = flag(
+        None, "what", "column of the label in --test-data (default: as the run)"
     )
     skip_bad_lines: bool = flag(
         False, "what", "leave out malformed prompt lines and count them, instead of refusing"

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "pairs",
         metavar="PAIRS",
-        help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id",
+        help="chosen and rejected: jsonl(.gz), json, csv, parquet, folder or hub id",
     )
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out malformed lines and count them"

@@ -5,8 +5,8 @@
     loss = -(1/N) sum over answer tokens of log pi(token)              N: answer tokens of the whole batch
 
 An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference
-pair, whose chosen reply is the answer. The prompt is tokenized by itself, as it will be when the
-policy answers it, and the answer ends with an end token.
+pair, whose chosen reply is the answer; a prompt may be text or messages. The prompt is tokenized by
+itself, as it will be when the policy answers it, and the answer ends with an end token.
 """
 
 import sys
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from recipes.fit import Plan, fit
 from reinforce import device as devices
 from reinforce.data.preferences import Messages, conversation, side
-from reinforce.data.records import BadLineError, read_records
+from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.guard import head_is_plain
@@ -34,7 +34,7 @@ from reinforce.policy import context_length, end_tokens, load_policy, load_token
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.sampler import left_pad
-from reinforce.text import encode, render
+from reinforce.text import encode, is_chat, render
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_examples")
 Example = tuple[
@@ -50,7 +50,7 @@ class Config:
         None, "model and data", "causal language model to start from: folder or hub id"
     )
     data: str | None = flag(
-        None, "model and data", "chats, texts or preference pairs: jsonl, folder or hub id"
+        None, "model and data", "chats, texts or pairs: jsonl, json, csv, parquet, folder or hub id"
     )
     val_data: str | None = flag(
         None, "model and data", "more of them, which only measure the loss before and after"
@@ -76,19 +76,24 @@ class Config:
 
 def check_example(record: Any) -> Messages | tuple[str, str]:
     """One record as a chat or as prompt and answer. Raises BadLineError."""
-    if isinstance(record, dict) and "chosen" in record:
+    if not isinstance(record, dict):
+        raise BadLineError("not an object")
+    if "chosen" in record:
         return side(record, "chosen")
-    if isinstance(record, dict) and "messages" in record:
+    if "messages" in record:
         return conversation(record["messages"])
-    if isinstance(record, dict) and all(
-        isinstance(record.get(key), str) for key in ("prompt", "completion")
-    ):
-        if not record["prompt"].strip() or not record["completion"].strip():
-            raise BadLineError('"prompt" and "completion" must not be empty')
-        return record["prompt"], record["completion"]
-    raise BadLineError(
-        'not an object with "messages", with "prompt" and "completion", or with "chosen"'
-    )
+    if "prompt" not in record or "completion" not in record:
+        forms = '"messages", "prompt" and "completion", or "chosen"'
+        raise BadLineError(f"an example needs {forms}; {columns(record)}")
+    prompt, completion = record["prompt"], record["completion"]
+    if is_chat(prompt):
+        said = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
+        return conversation([*prompt, *said])
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise BadLineError('"prompt" and "completion" must be strings, or lists of messages')
+    if not prompt.strip() or not completion.strip():
+        raise BadLineError('"prompt" and "completion" must not be empty')
+    return prompt, completion
 
 
 def encode_example(

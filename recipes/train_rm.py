@@ -50,7 +50,7 @@ class Config:
     pairs: str | None = flag(
         None,
         "model and data",
-        "chosen and rejected: jsonl, folder or hub id; HH-RLHF or chat messages",
+        "chosen and rejected: jsonl, json, csv, parquet, folder, hub id; HH-RLHF or chat messages",
     )
     test_pairs: str | None = flag(
         None, "model and data", "pairs that only measure accuracy (default: --held-out of --pairs)"

@@ -7,15 +7,16 @@ from reinforce.errors import ConfigError
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether a name has the form `name` or `owner/name` of the hub, and its owner is no folder here.
+    """Whether a name that is nothing here has the hub's form, NAME or OWNER/NAME.
 
-    >>> [may_be_hub_id(n) for n in ("gpt2", "org/model-1.5", "runs/x/policy", "./gpt2", "gpt2/", "~/m")]
-    [True, True, False, False, False, False]
+    A path has not: it has more slashes, begins with . or ~, or is in a folder that exists.
+
+    >>> [may_be_hub_id(n) for n in ("gpt2", "org/model-1.5", "runs/x/policy", "./gpt2", "gpt2/")]
+    [True, True, False, False, False]
     """
-    part = r"\w[\w.-]*"
-    return bool(re.fullmatch(f"{part}(/{part})?", name)) and not (
-        "/" in name and Path(name).parent.is_dir()
-    )
+    owner, slash, _ = name.partition("/")
+    like_an_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
+    return like_an_id and len(name) <= 96 and not (slash and Path(owner).exists())
 
 
 def refuse_missing_path(name: str, flag: str) -> None:

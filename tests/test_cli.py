@@ -113,7 +113,7 @@ def test_a_web_server_is_not_a_reward_server(small):
 
 def test_a_malformed_line_is_reported_before_any_server_or_model_is_asked_for(small, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"prompt": \n')
-    assert "bad.jsonl:2" in refused(*own(small, data=tmp_path / "bad.jsonl", policy="does/not-exist"))
+    assert "bad.jsonl line 2" in refused(*own(small, data=tmp_path / "bad.jsonl", policy="does/not-exist"))
     assert "no such file" in refused(*own(small, data=tmp_path / "none.jsonl"))
 
 

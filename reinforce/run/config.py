@@ -70,12 +70,24 @@ class TrainConfig:
         None, "model and data", "SFT'd causal language model: Hugging Face folder or hub id"
     )
     train_data: str | None = flag(
-        None, "model and data", 'prompts, jsonl: {"prompt"}, {"text"} or {"messages"} a line'
+        None,
+        "model and data",
+        "prompts: jsonl, json, csv, parquet, folder or hub id; NAME:SPLIT takes a split",
     )
     val_data: str | None = flag(
         None,
         "model and data",
-        "prompts of validation, likewise (default with own data: no validation)",
+        "prompts of validation, in any form of --train-data (default with own data: no validation)",
+    )
+    prompt_key: str | None = flag(
+        None,
+        "model and data",
+        "column of the prompt, text or messages (default: prompt, text or messages)",
+    )
+    label_key: str | None = flag(
+        None,
+        "model and data",
+        "column of the label, which the reward is given (default: label, if there is one)",
     )
     max_prompt_length: int = flag(1024, "model and data", "drop longer prompts, tokens")
     skip_bad_lines: bool = flag(

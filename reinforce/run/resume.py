@@ -25,10 +25,13 @@ from reinforce.run.config import LANGUAGE_MODEL, TrainConfig
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl", "refused.jsonl")
 SOFT = frozenset(
     (  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
+        # what the data flags lead to, prompts and labels, is in the identity by its digest
         "preset",
         "policy",
         "train_data",
         "val_data",
+        "prompt_key",
+        "label_key",
         "skip_bad_lines",
         "rm_host",
         "rm_port",

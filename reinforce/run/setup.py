@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,11 @@ def check(
         and host is not None
         and port is not None
     )
+    check_line = partial(check_record, prompt_key=config.prompt_key, label_key=config.label_key)
     records = {}
     for name, source in ((data_flag, config.train_data), ("--val-data", config.val_data)):
         if source is not None:
-            records[name], bad = read_records(source, name, check_record, config.skip_bad_lines)
+            records[name], bad = read_records(source, name, check_line, config.skip_bad_lines)
             if bad and distributed.rank() == 0:
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
