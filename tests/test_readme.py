@@ -86,19 +86,9 @@ def prose(page):
 
 def run(command, cwd, timeout=1500, **extra):
     """One block under bash, on the CPU."""
-    env = environment(
-        PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", **{"VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **extra}
-    )
-    return subprocess.run(
-        ["bash", "-euc", command],
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        timeout=timeout,
-    )
+    usual = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(["bash", "-euc", command], cwd=cwd, env=environment(**{**usual, **extra}), timeout=timeout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
