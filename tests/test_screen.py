@@ -175,8 +175,8 @@ def test_without_validation_two_responses_of_the_first_step_and_of_the_last_are_
     lines = [rollout(s, 10 * s + i - 10, [f"said {s} {i} {k}" for k in "ab"], [s + 0.5, None]) for s in (1, 2, 3) for i in range(3)]
     (tmp_path / "rollouts.jsonl").write_text("".join(lines))
     out = summary(tmp_path, 23)
-    assert re.findall(r"prompt  ask (\d+)\nstep (\d)  \+\d\.50  said \d (\d) a", out) == [("0", "1", "0"), ("1", "1", "1"),
-                                                                                          ("21", "3", "1"), ("22", "3", "2")]  # fmt: skip
+    shown = re.findall(r"prompt  ask (\d+)\nstep (\d)  \+\d\.50  said \d (\d) a", out)
+    assert shown == [("0", "1", "0"), ("1", "1", "1"), ("21", "3", "1"), ("22", "3", "2")]
     assert out.count("said") == 4
 
 
