@@ -115,7 +115,7 @@ def test_a_smoothed_line_is_a_mean_around_each_point():
     assert pictures.smoothed([2.0]) == [2.0]
 
 
-def luminance_free_distance(a, b):
+def dichromat_distance(a, b):
     """How far two colours are apart for an eye that lacks one of its cones: the least of the three."""
     import numpy as np
 
@@ -129,7 +129,7 @@ def test_baselines_differ_in_colour_for_colour_blind_eyes_and_in_dashes_and_mark
     """See "Digital Video Colourmaps for Checking the Legibility of Displays by Dichromats", Viénot, Brettel and Mollon (1999)."""
     assert set(compare_plot.LOOKS) == set(BASELINES)
     for (a, dash_a, mark_a), (b, dash_b, mark_b) in combinations([*compare_plot.LOOKS.values(), *compare_plot.OTHER_LOOKS], 2):
-        assert luminance_free_distance(a, b) > 0.1 and dash_a != dash_b and mark_a != mark_b
+        assert dichromat_distance(a, b) > 0.1 and dash_a != dash_b and mark_a != mark_b
 
 
 def comparison_run(seed, shift, kl=True):
