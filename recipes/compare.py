@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -31,7 +30,8 @@ import transformers
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import toy
+from recipes import compare_plot, toy
+from recipes.compare_plot import Lines, Noise
 from recipes.intervals import student
 from reinforce import own_baseline
 from reinforce.baselines import BASELINES
@@ -46,11 +46,7 @@ from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 from train import judge
 
-Lines = list[dict[str, Any]]  # metrics.jsonl of a run
 Numbers = dict[str, float | None]  # a run at the budget
-Noise = dict[
-    str, list[dict[str, float | None]]
-]  # "initial" and "trained": for each seed, baseline -> ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE_STEP, MEAN_STEP = -3, -4  # of the random numbers: no training step's
@@ -308,68 +304,6 @@ def write_table(config: Config, runs: dict[str, list[Numbers]], noise: Noise, bu
     )
 
 
-def draw(
-    config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: int, path: Path
-) -> None:
-    """Reward against tokens and against KL, and the noise of the gradient."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    grid = np.linspace(0, budget, 60)[1:]
-    for i, name in enumerate(config.baselines):
-        along = {
-            key: np.array([[near(run, t, key) for t in grid] for run in curves[name]])
-            for key in ("reward", "kl")
-        }
-        bands = np.array([student(column.tolist()) for column in along["reward"].T])  # (points, 2)
-        left.plot(grid, bands[:, 0], color=f"C{i}", label=label(name))
-        left.fill_between(
-            grid,
-            bands[:, 0] - bands[:, 1],
-            bands[:, 0] + bands[:, 1],
-            color=f"C{i}",
-            alpha=0.12,
-            linewidth=0,
-        )
-        middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=label(name))
-        ends = [(near(run, budget, "kl"), near(run, budget, "reward")) for run in curves[name]]
-        middle.plot(*zip(*ends, strict=True), "o", color=f"C{i}", markersize=4)
-        for j, where in enumerate(("initial", "trained")):
-            known = [value for one in noise[where] if (value := one[name]) is not None]
-            if len(known) > 1:
-                mean, half = student(known)
-                right.bar(
-                    i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3
-                )
-    left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
-    middle.set(
-        xlabel="KL to the initial policy, nats",
-        ylabel="reward",
-        title="reward against KL; dots: the seeds at the end",
-    )
-    right.set(
-        xticks=np.arange(len(config.baselines)) + 0.2,
-        xticklabels=[label(name) for name in config.baselines],
-        yscale="log",
-        title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)",
-    )
-    left.legend()
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def near(run: Lines, tokens: float, key: str) -> float:
-    """Mean of the five steps up to a number of tokens."""
-    before = [line[key] or 0.0 for line in run if line["tokens_so_far"] <= tokens]
-    return statistics.fmean(before[-5:] or [run[0][key] or 0.0])
-
-
 def main() -> None:
     """Train, measure, tell."""
     argv = sys.argv[1:]
@@ -442,7 +376,8 @@ def report(config: Config, curves: dict[str, list[Lines]], noise: Noise, folder:
     (folder / "compare.json").write_text(
         json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2)
     )
-    draw(config, curves, noise, budget, folder / "compare.png")
+    labels = {name: label(name) for name in curves}
+    compare_plot.draw(curves, labels, noise, budget, folder / "compare.png")
 
 
 def data_flags(config: Config, address: tuple[str, int]) -> list[str]:

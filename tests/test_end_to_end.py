@@ -83,7 +83,7 @@ def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
     assert any(line.startswith("device ") and " threads · 1 ranks" in line for line in out.splitlines()[:5])
     for word in ("warning", "Warning", "deprecated", "Traceback", "OMP_NUM_THREADS"):
         assert word not in out
-    assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"curves {run}/curves.png" in out
+    assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"\ncurves       {run}/curves.png\n" in out
 
 
 def test_the_run_folder_holds_what_was_promised(toy_run):

@@ -29,9 +29,10 @@ from reinforce.run.actor import Actor
 from reinforce.run.config import seconds
 from reinforce.run.group import Group, make_groups, recorded
 from reinforce.run.metrics import mean_reward, speed, summarise, summarise_ratios, summarise_updates
-from reinforce.run.recorder import Recorder, Silent, tell
+from reinforce.run.recorder import Recorder, Silent
 from reinforce.run.resume import Start
 from reinforce.run.stop import Stop
+from reinforce.run.summary import print_summary
 from reinforce.run.update import Step, Summed, Update
 from reinforce.run.validation import validate
 
@@ -89,6 +90,8 @@ class Run:
             error, (RetryError, RewardError, OwnBaselineError)
         ):  # on all ranks alike, before any update of its step
             self._save()
+        if error is not None:
+            self._recorder.leave_screen()
         if isinstance(error, RefusedRowError):
             self._recorder.write_refused(self._done + 1, error.row)
             where = (
@@ -118,7 +121,7 @@ class Run:
                 f"the same command with --log-dir {self._folder} goes on"
             )
         elif distributed.rank() == 0:
-            tell(self._data.held_out, self._folder)
+            print_summary(self._data, self._folder)
 
     def restore(self, optimizer: torch.optim.Optimizer, baseline: Baseline) -> None:
         """Give optimizer and baseline their state at the checkpoint that this run goes on with; the model has it already."""
@@ -156,7 +159,7 @@ class Run:
             return
         bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
         responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
-        self._recorder.accuse(
+        self._recorder.write_nonfinite(
             made.number + 1, self._groups(made), update.prompts, responses.tolist()
         )
         done = len(self._updates)
