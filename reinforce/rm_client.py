@@ -278,7 +278,7 @@ class RewardClient:
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
         if reply.status != 200:
-            said = f"{self.url}{path} answered HTTP {reply.status}: {reply.body[:200].decode('utf-8', 'replace')!r}"
+            said = f"{self.url}{path} answered HTTP {reply.status}: {_words_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":
                 texts = payload.get("query") or payload.get("messages") or []
                 raise RefusedError(said, _index_of(reply.body, len(texts)))
@@ -330,6 +330,17 @@ def _index_of(body: bytes, count: int) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return index if type(index) is int and 0 <= index < count else None
+
+
+def _words_of(body: bytes) -> str:
+    """The message of an error in one line, or whatever else the body begins with."""
+    try:
+        message = json.loads(body)["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = None
+    if not isinstance(message, str) or not message:
+        return f"{body[:200].decode('utf-8', 'replace')!r}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])
 
 
 def _parse_info(body: bytes) -> ServerInfo | None:

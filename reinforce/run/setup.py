@@ -1,6 +1,7 @@
 """From a command line to the actor: everything that can be wrong is checked first, cheapest first, then loaded.
 
-Order: flags, run folder, prompt files, the reward server, the tokenizer, and only then a model.
+Order: flags, run folder, prompt files, the reward server, the tokenizer, one reward, and only then
+a model.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from reinforce.policy import (
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import checkpoint, distributed, resume
+from reinforce.run import checkpoint, distributed, first_reward, resume
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
@@ -154,6 +155,10 @@ def check(
     prompts = load_prompts(config, tokenizer, records, policy, data_flag, begun.start.date)
     data = Data(
         prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed
+    )
+    first = data.prompts[0]
+    distributed.together(
+        lambda: first_reward.ask(client, config, first, tokenizer, ends, data_flag), only_first=True
     )
     return Inputs(
         config, begun.device, begun.start, policy, policy_flag, tokenizer, ends, data, client

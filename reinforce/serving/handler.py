@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reinforce.serving.batcher import Batcher, NotFiniteError
+from reinforce.serving.function import FunctionError
 from reinforce.serving.http import MAX_BODY, Handler, HttpError, Server, json_body
 from reinforce.serving.protocol import parse_request
 from reinforce.serving.reward import Reward
@@ -144,6 +145,8 @@ class RewardHandler(Handler):
             raise HttpError(
                 507, "out_of_memory", "one text alone does not fit the device"
             ) from error
+        except FunctionError as error:
+            raise HttpError(500, "failed", str(error)) from error
         except Exception as error:
             raise HttpError(
                 500, "failed", "the reward model failed; see the server's log"
