@@ -1,6 +1,7 @@
 """Bad input: one sentence that names the flag and the fix, exit code 2, no traceback, and no model loaded."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -256,7 +257,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(small, tmp_path, server_po
 
 def test_a_near_miss_of_a_flag_is_answered_with_the_flag():
     for words, near in ((["--basline", "rloo"], "--baseline"), (["--lrr=1"], "--lr"), (["--val-dat", "x"], "--val-data")):
-        with pytest.raises(ConfigError, match=f"did you mean {near}"):
+        with pytest.raises(ConfigError, match=re.escape(near)):
             parse(TrainConfig, "", words)
     with pytest.raises(ConfigError, match="--help lists every flag"):
         parse(TrainConfig, "", ["--zzzzzz"])

@@ -185,6 +185,31 @@ def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_period_with_all_
         time.sleep(0.05)
 
 
+ORPHAN = """
+import sys, time
+from reinforce.run.children import Child, adopt_orphans, end_orphans
+adopt_orphans()
+server = Child(["sleep", "60"])
+worker = "trap 'echo saved > saved; exit 0' TERM; echo \\$\\$ > pid; while :; do sleep 0.1; done"
+torchrun = Child(["bash", "-c", f'setsid bash -c "{worker}" & wait'])
+while not __import__("os").path.exists("pid"):
+    time.sleep(0.05)
+torchrun.process.kill()
+torchrun.process.wait()
+end_orphans([server], 20)
+print(open("saved").read().strip(), server.code)
+server.end()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+def test_workers_of_a_killed_torchrun_are_told_to_save_and_waited_for(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-c", ORPHAN], cwd=tmp_path, env=environment(PYTHONPATH=ROOT), capture_output=True, text=True
+    )
+    assert out.stdout == "saved None\n", out.stderr
+
+
 def zombie(pid):
     """Dead, though this container's first process has not fetched it yet."""
     try:

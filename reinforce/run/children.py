@@ -8,6 +8,7 @@ The standard library alone, for any Python from 3.8 on.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -52,6 +53,46 @@ def family(pid: int) -> list[int]:
     for one in found:
         found.extend(parents.get(one, ()))
     return found[::-1]
+
+
+def adopt_orphans() -> None:
+    """From now on a process below this one whose parent dies becomes this one's child (Linux).
+
+    torchrun's workers, if it is killed: they can then be told to save. prctl(2).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_orphans(kept: Sequence[Child], grace: float) -> None:
+    """SIGTERM for all that this process has inherited, SIGKILL after `grace` seconds."""
+    known = {os.getpid()} | {pid for child in kept for pid in family(child.process.pid)}
+    deadline, told = time.monotonic() + grace, set[int]()
+    while orphans := [pid for pid in family(os.getpid()) if pid not in known and not fetched(pid)]:
+        for pid in orphans:
+            late = time.monotonic() > deadline
+            if late or pid not in told:
+                told.add(pid)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def fetched(pid: int) -> bool:
+    """Whether a process has ended, its exit status now read; `ps` itself, for one."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:  # a grandchild, or gone
+        return not exists(pid)
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Child:

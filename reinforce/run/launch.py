@@ -42,6 +42,8 @@ from reinforce.run.children import (  # noqa: E402
     Child,
     EndedError,
     Signals,
+    adopt_orphans,
+    end_orphans,
     last_lines,
     say,
     wait_for,
@@ -191,6 +193,7 @@ class Job:
                 say(f"the actor has not ended in {SAVING:.0f} s, and is killed")
                 trainer.kill()
             time.sleep(0.1)
+        end_orphans([self.server], SAVING)  # if torchrun was killed: its workers save
         return server_code
 
     def conclude(self, code: int, before: str) -> None:
@@ -200,7 +203,8 @@ class Job:
         if ended:
             code, reason = ended
         elif code and (self.signals.first or newest != before):
-            code, reason = AGAIN, "the actor was killed before it could say why"
+            cause = f"stopped by {self.signals.first}" if self.signals.first else "killed"
+            code, reason = AGAIN, f"the actor was {cause} before it could say why"
         else:
             reason = "the actor ended without a word"
         if code == 0:
@@ -322,6 +326,7 @@ def main(words: Sequence[str]) -> int:
         if name != "compare" and {"-h", "--help"} & set(rest):
             print(__doc__)
             return 0
+        adopt_orphans()
         job = Job(name, rest, Signals())
         importlib.import_module(f"recipes.pipelines.{name}").pipeline(job, rest)
     except EndedError as error:
