@@ -272,7 +272,7 @@ def test_a_path_that_is_missing_is_never_asked_for_on_the_hub(name, capsys):
 
 def test_the_file_instead_of_its_folder_is_told(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ConfigError, match="a file; give the folder that holds config.json"):
+    with pytest.raises(ConfigError, match="a file; give the folder that holds config"):
         load_tokenizer(str(tmp_path / "model.safetensors"))
 
 

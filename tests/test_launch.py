@@ -39,7 +39,7 @@ case "$*" in
     [ -z "${SERVER_DIES:-}" ] || { sleep "$SERVER_DIES"; [ -n "${AT_START:-}" ] || { echo 127.0.0.1 9 >"$2"; sleep 1; }; exit 70; }
     [ -z "${NEVER_READY:-}" ] || exec sleep 60
     echo 127.0.0.1 9 >"$2"; exec sleep 60 ;;
-  *torch.distributed.run*)
+  *reinforce/run/torchrun.py*)
     echo "$@" >"$FAKE_DIR/trainer.args"; echo "$$" >"$FAKE_DIR/trainer.pid"
     while [ "$1" != --log-dir ]; do shift; done
     trap 'echo TERM >>"$FAKE_DIR/signals"; exit 1' TERM

@@ -79,7 +79,8 @@ def report_to_torchrun(reason: str) -> None:
     """Let torchrun's report of a failed rank end with the reason, in the file that it names for that."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and not Path(file).exists():
-        text = json.dumps({"message": reason, "timestamp": int(time.time())})
+        details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": reason, "extraInfo": details}})
         with contextlib.suppress(OSError):
             Path(file).write_text(text)
 

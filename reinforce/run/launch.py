@@ -164,7 +164,7 @@ class Job:
         host, port = self.address
         torchrun = [
             *(self.hetjob.srun(1) if self.hetjob else []),
-            *(self.python, "-m", "torch.distributed.run"),
+            *self.command("reinforce/run/torchrun.py"),
             *(self.hetjob.rendezvous() if self.hetjob else ["--standalone"]),
             *("--nproc-per-node", self.processes, "--shutdown-timeout", "600"),
             *("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
