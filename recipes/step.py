@@ -129,11 +129,9 @@ def main() -> None:
         "change": (change.sum(1), "log π after − log π"),
     }
     texts = [pieces(tokenizer, prompt.ids, ids) for ids in response_ids(y)]
-    print(heading(prompt.text, config.steps) + "\n")
-    print(responses(texts, change) + "\n")
-    print(numbers(table) + "\n")
-    print(f"gradient   {grad_norm:.3f} long, of 1/{K} Σ A · log π; {MAX_GRAD_NORM} at most is used")
-    print(effect(A, change, texts))
+    gradient = f"{grad_norm:.3f} long, of 1/{K} Σ A · log π; {MAX_GRAD_NORM} at most is used"
+    said = [heading(prompt.text, config.steps), responses(texts, change), numbers(table)]
+    print("\n\n".join([*said, f"gradient   {gradient}\n{effect(A, change, texts)}"]))
 
 
 def load(config: Config) -> tuple[Reward, str, float, Prompt, Any]:
@@ -146,9 +144,6 @@ def load(config: Config) -> tuple[Reward, str, float, Prompt, Any]:
     records, bad = read_records(str(data), "--train-data", check_record, config.skip_bad_lines)
     if bad:
         print(f"--train-data: left out {bad} malformed lines (--skip-bad-lines)")
-    reward_model = None if config.reward_fn else reward_model
-    reward = load_reward(ServeConfig(reward_model, config.reward_fn, device="cpu"))
-
     room = context_length(policy)
     tokenizer = load_tokenizer(policy)
     (prompt,), _ = tokenize(records[:1], tokenizer, sys.maxsize, "--train-data")
@@ -157,6 +152,8 @@ def load(config: Config) -> tuple[Reward, str, float, Prompt, Any]:
             f"--train-data: the {len(prompt.ids)} tokens of the first prompt and --max-new-tokens "
             f"{config.max_new_tokens} exceed the {room} positions of --policy; shorten one of them"
         )
+    reward_model = None if config.reward_fn else reward_model
+    reward = load_reward(ServeConfig(reward_model, config.reward_fn, device="cpu"))
     return reward, policy, lr or LANGUAGE_MODEL["lr"], prompt, tokenizer
 
 
