@@ -1,16 +1,21 @@
 """A reward function of one's own: looked at before the server is ready, and asked once before a model loads."""
 
+import dataclasses
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, metrics, script, torchrun, train_here
+from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from test_client import INFO, reply
 from test_server import call, serving
 
 from recipes import rewards
 from reinforce.errors import ConfigError
+from reinforce.run.config import TrainConfig
+from reinforce.serving.config import ServeConfig
 from reinforce.serving.function import load_function
 
 FILE = """
@@ -355,5 +360,35 @@ utils = SimpleNamespace(extract_answer=extract_answer)
 """
 
 
-def commands_of(page):
-    return re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+PAGE = (ROOT / "docs/rewards.md").read_text()
+
+
+def test_the_functions_of_the_page_are_served_as_they_stand_there(tmp_path):
+    """The last one is another project's, which the page turns into one of ours."""
+    polite, adapted = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    theirs = "def reward_func(queries, prompts, labels):\n    return {'rewards': [float(len(q)) for q in queries]}\n\n"
+    (tmp_path / "page.py").write_text(polite + "\n" + theirs + adapted)
+    columns = {"prompts": ["ab", "c"], "completions": ["Please", ""], "labels": [None, None]}
+    assert load_function(f"{tmp_path}/page.py:polite")(**columns) == [1.0, 0.0]
+    assert load_function(f"{tmp_path}/page.py:reward")(**columns) == [8.0, 1.0]
+
+
+def test_every_reward_and_flag_of_the_page_exists():
+    flags = {"--" + f.name.replace("_", "-") for c in (TrainConfig, ServeConfig) for f in dataclasses.fields(c)}
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE))
+    assert {"--reward-fn", "--train-data"} <= found <= flags | {"--remote", "--model-only"}, found - flags
+    named = re.findall(r"recipes/rewards\.py:(\w+)", PAGE)
+    assert set(named) == {"length", "exact_match", "solved"}
+    for name in (*named, "pattern"):
+        assert load_function(f"{ROOT}/recipes/rewards.py:{name}") and f"`{name}`" in PAGE
+
+
+@pytest.mark.slow
+def test_the_pages_commands_on_the_toy_run(toy_folder, tmp_path):
+    (toy, _) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    short = re.sub(r"(launch\.sh run.*)", rf"\1 --max-steps 1 --log-dir {tmp_path}/$RANDOM", toy).replace(
+        "labelled.jsonl", f"{tmp_path}/labelled.jsonl"
+    )
+    env = environment(PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", VIRTUAL_ENV=sys.prefix, OMP_NUM_THREADS=1)
+    out = subprocess.run(["bash", "-euc", short], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
+    assert out.returncode == 0 and out.stdout.count("step 1/1") == 2, out.stdout + out.stderr
