@@ -398,8 +398,10 @@ def test_the_seeds_own_choices_run_as_one_preset(small, server_port, tmp_path):
 
 
 def test_a_reward_that_is_not_a_number_ends_the_run_before_any_update(small, flags, label_server, tmp_path):
-    run = tmp_path / "run"
-    out = train_here(*flags, *labelled(small, tmp_path, "nan"), "--rm-port", label_server, "--log-dir", run)
+    run, data = tmp_path / "run", labelled(small, tmp_path, "nan")
+    text = data[1].read_text()
+    data[1].write_text(text.replace('"nan"', "1.0", 1))  # the first prompt's is asked for before the models are loaded
+    out = train_here(*flags, *data, "--rm-port", label_server, "--log-dir", run)
     assert out.returncode == 1 and "Traceback" not in out.stdout
     assert json.loads((run / "exit.json").read_text())["code"] == 1 and not (run / "checkpoints").exists()
 

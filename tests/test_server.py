@@ -202,7 +202,8 @@ def test_one_poisoned_text_spoils_its_own_request_only_and_errors_leak_nothing(f
     for text, (status, reply) in zip(texts, replies, strict=True):
         assert (status, reply.get("error")) == ((200, None) if text == "fine" else (500, "non_finite"))
     status, reply = call(function_server, "POST", "/get_reward", {"query": ["a"], "labels": [{"not": "a number"}]})
-    assert status == 500 and "dict" not in json.dumps(reply) and "Traceback" not in json.dumps(reply)
+    assert status == 500 and reply["message"].startswith("rewards.py line 3: TypeError: ")
+    assert "/" not in reply["message"] and "Traceback" not in json.dumps(reply), "no folder of the server's"
 
 
 def test_a_token_guards_every_route_but_health(tmp_path, small):

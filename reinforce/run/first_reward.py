@@ -45,7 +45,10 @@ def ask(
     try:
         client.rewards(**request)
     except RefusedError as error:
-        what = f"{flag}, prompt {prompt.index + 1}: no reward for the response {PROBE!r} ({error})"
+        response = request["completions"][0]
+        what = (
+            f"{flag}, prompt {prompt.index + 1}: no reward for the response {response!r} ({error})"
+        )
         if not config.skip_refused:
             raise ConfigError(what) from error
         print(f"{what}; --skip-refused may leave it out", file=sys.stderr, flush=True)

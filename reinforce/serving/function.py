@@ -16,6 +16,7 @@ from reinforce.plugin import Named, blame, load_named
 
 FLAG = "--reward-fn"
 GIVEN = ("prompts", "completions", "labels")
+CALL = f"f({', '.join(f'{name}=' for name in GIVEN)})"
 
 
 class FunctionError(ValueError):
@@ -55,7 +56,7 @@ def flaw_of(value: Any) -> str | None:
     """Why a value cannot be called as a reward function; None if it can.
 
     >>> flaw_of(lambda prompts, completions: [0.0])
-    'it takes no labels; it is called as f(prompts=, completions=, labels=)'
+    'it takes no: labels; it is called as f(prompts=, completions=, labels=)'
     """
     if isinstance(value, type):
         return "it is a class; name a function, or an object of the class"
@@ -70,20 +71,21 @@ def flaw_of(value: Any) -> str | None:
         parameters = inspect.signature(value, follow_wrapped=False).parameters.values()
     except ValueError:  # some written in C have none
         return None
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    faults = _faults(list(parameters))
+    return f"{' and '.join(faults)}; it is called as {CALL}" if faults else None
+
+
+def _faults(parameters: list[inspect.Parameter]) -> list[str]:
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    placed = [p.name for p in parameters if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
     rest = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    missing = [name for name in GIVEN if name not in named and not rest]
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty
-        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        and (p.name not in GIVEN or p.kind == p.POSITIONAL_ONLY)
-    ]
-    faults = [f"it takes no {' and no '.join(missing)}"] if missing else []
-    faults += [f"it needs {' and '.join(needed)} as well"] if needed else []
-    call = f"f({', '.join(f'{name}=' for name in GIVEN)})"
-    return f"{' and '.join(faults)}; it is called as {call}" if faults else None
+    needed = [p.name for p in parameters if p.default is p.empty and p.name in named]
+    lists = {
+        "takes no": [name for name in GIVEN if name not in (*named, *placed) and not rest],
+        "takes by position alone": placed,
+        "needs as well": [name for name in needed if name not in GIVEN],
+    }
+    return [f"it {verb}: {', '.join(names)}" for verb, names in lists.items() if names]
 
 
 def _code(value: Any) -> Callable[..., Any]:
