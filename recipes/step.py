@@ -11,11 +11,8 @@ The prompt is the first of the file. Left out is what train.py has: several prom
 rewards, GPUs, and a run that goes on.
 """
 
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import toy
+from recipes.step_screen import effect, heading, number, numbers, pieces, responses
 from reinforce.baselines import rloo
 from reinforce.data.prompts import check_record, tokenize
 from reinforce.data.records import read_records
@@ -37,15 +35,16 @@ from reinforce.logprobs import Scorer
 from reinforce.loss import reinforce_loss
 from reinforce.objective import objective
 from reinforce.optim import adamw, clip
-from reinforce.policy import context_length, end_tokens, first_line, load_policy, load_tokenizer
+from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
 from reinforce.rollout import Rollout
 from reinforce.run.config import LANGUAGE_MODEL
 from reinforce.run.exits import run
 from reinforce.sampler import CPU, Sampling, row_seed, sample
 from reinforce.serving.config import ServeConfig
+from reinforce.serving.function import FunctionError
 from reinforce.serving.protocol import parse_request
 from reinforce.serving.reward import Reward, load_reward
-from reinforce.text import Prompt, decoded, response_ids, reward_requests
+from reinforce.text import Prompt, response_ids, reward_requests
 
 K, BETA, BETAS, MAX_GRAD_NORM = 4, 0.05, (0.9, 0.95), 1.0  # train.py's defaults
 
@@ -130,7 +129,7 @@ def main() -> None:
     }
     texts = [pieces(tokenizer, prompt.ids, ids) for ids in response_ids(y)]
     gradient = f"{grad_norm:.3f} long, of 1/{K} Σ A · log π; {MAX_GRAD_NORM} at most is used"
-    said = [heading(prompt.text, config.steps), responses(texts, change), numbers(table)]
+    said = [heading(prompt.text, config.steps, K), responses(texts, change), numbers(table)]
     print("\n\n".join([*said, f"gradient   {gradient}\n{effect(A, change, texts)}"]))
 
 
@@ -162,98 +161,12 @@ def rewards(reward: Reward, tokenizer: Any, prompt: Prompt, y: Rollout) -> Tenso
     ((_, request),) = reward_requests(tokenizer, [prompt], y, as_text=False)
     try:
         scores = reward.score([reward.encode(text) for text in parse_request(request)])
-    except Exception as error:  # whatever one's own function raises
-        raise ConfigError(
-            f"--reward-fn: {reward.model} fails with {type(error).__name__}: {first_line(error)}"
-        ) from error
+    except FunctionError as error:
+        raise ConfigError(f"--reward-fn: {error}") from error
     r = (torch.tensor(scores, dtype=torch.float64) - reward.mean) / reward.std  # (K,)
     if not r.isfinite().all():
         raise ConfigError(f"--reward-fn: {reward.model} gives {scores}; rewards must be finite")
     return r
-
-
-def number(value: Tensor | float) -> str:
-    """Three decimals, and no minus before a zero."""
-    return f"{round(float(value), 3) + 0.0:.3f}"
-
-
-def heading(prompt: str, steps: int) -> str:
-    """The prompt, the end of a long one, and where its policy comes from."""
-    text = printable(prompt)
-    text = text if len(text) < 70 else f"…{text[-68:]}"
-    since = "π still is π_ref: KL is 0" if steps == 1 else "in step 1 π was π_ref"
-    return f"prompt     {text}\nstep       {steps} on this prompt, from {K} responses y; {since}"
-
-
-def numbers(table: dict[str, tuple[Tensor, str]]) -> str:
-    """A line for each name: K numbers, and what they are."""
-    lines = [" " * 11 + "".join(f"{f'y{k}':>10}" for k in range(1, K + 1))]
-    for name, (values, meaning) in table.items():
-        columns = "".join(f"{number(value):>10}" for value in values)
-        lines.append(f"{name:11}{columns}  {meaning}")
-    return "\n".join(lines)
-
-
-def effect(A: Tensor, change: Tensor, texts: list[list[str]]) -> str:  # noqa: N803
-    """What the step did: A (K,), change of each token's log pi (K, T)."""
-    moved = change.sum(1).double()  # (K,)
-    climb, better, worse = (A * moved).mean(), A > 0, A < 0
-    rose, fell = (better & (moved > 0)).sum(), (worse & (moved < 0)).sum()
-    k, t = divmod(int(change.abs().argmax()), change.shape[1])
-    token = f"{texts[k][t].strip()!r} in y{k + 1}, by {number(change[k, t])}"
-    return "\n".join(
-        [
-            f"climb      {number(climb)} = 1/{K} Σ A · change, which the gradient raises",
-            f"A > 0      log π rose in {rose} of {better.sum()} responses",
-            f"A < 0      log π fell in {fell} of {worse.sum()} responses",
-            f"token      that moved most: {token}",
-        ]
-    )
-
-
-def pieces(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> list[str]:
-    """The response's text, cut where its tokens end, special tokens included."""
-
-    def text(t: int) -> str:
-        return decoded(tokenizer, prompt, response[:t], skip_special_tokens=False)
-
-    whole, n = text(len(response)), len(response)
-    ends = [*accumulate((len(text(t)) for t in range(1, n)), max), len(whole)]
-    return [printable(whole[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-def printable(text: str) -> str:
-    """The text in one line: a line break becomes \\n, and no control code reaches the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def responses(texts: list[list[str]], change: Tensor) -> str:
-    """In lines of 80 columns; where the terminal has colours they show change (K, T)."""
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    most, lines = float(change.abs().max()) or 1.0, list[str]()
-    for k, text in enumerate(texts):
-        line, used = f"y{k + 1}  ", 4
-        for piece, d in zip(text, change[k].tolist(), strict=False):
-            if used + len(piece) > 80 and used > 4:
-                lines.append(line)
-                line, used = " " * 4, 4
-            said = piece.lstrip() if used == 4 else piece
-            line += shaded(said, d / most) if colours else said
-            used += len(said)
-        lines.append(line)
-    if colours:
-        key = f"{shaded('likelier', 1)} or {shaded('less likely', -1)} after the step"
-        lines.append(f"    {key}; log π(token) changed by {most:.3f} at most")
-    return "\n".join(lines)
-
-
-def shaded(text: str, d: float) -> str:
-    """The text in black on blue for d > 0 or on orange for d < 0, in three depths; |d| <= 1."""
-    depth = round(3 * abs(d))
-    if depth == 0:
-        return text
-    colour = ((153, 117, 75) if d > 0 else (223, 216, 208))[depth - 1]
-    return f"\x1b[30;48;5;{colour}m{text}\x1b[0m"
 
 
 if __name__ == "__main__":

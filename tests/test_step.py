@@ -19,7 +19,7 @@ from conftest import ROOT, environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from recipes import step
+from recipes import step, step_screen
 from reinforce.run import exits
 from reinforce.run.config import TrainConfig
 
@@ -195,15 +195,15 @@ def test_a_chat_policy_whose_pad_is_its_end_token_makes_the_same_step(own, toy_f
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--reward-fn", "rewards.py:short"), "short fails with ValueError: .*returned 1 scores for 4 completions"),
+    (("--reward-fn", "rewards.py:short"), "rewards.py:short returned 1 scores for 4 completions"),
     (("--reward-fn", "rewards.py:nan"), "nan gives .*must be finite"),
-    (("--reward-fn", "rewards.py:broken"), "broken fails with KeyError: 'label'"),
-    (("--reward-fn", "rewards.py:same"), "same fails with TypeError"),
+    (("--reward-fn", "rewards.py:broken"), "rewards.py line .*KeyError: 'label'"),
+    (("--reward-fn", "rewards.py:same"), "rewards.py:same"),
     (("--reward-fn", "rewards.py:none"), "no function 'none'"),
     (("--reward-fn", "rewards.py"), "which name in it"),
     (("--train-data", "nowhere.jsonl"), "--train-data nowhere.jsonl: no such file"),
-    (("--train-data", "bad.jsonl"), "bad.jsonl:1: not JSON"),
-    (("--train-data", "chats.jsonl"), '"messages", but the tokenizer of --policy has no chat template'),
+    (("--train-data", "bad.jsonl"), "bad.jsonl line 1: not JSON"),
+    (("--train-data", "chats.jsonl"), "--policy's tokenizer has no chat template"),
     (("--policy", "anything"), "--policy needs --train-data and --reward-fn"),
     (("--policy", ".", "--train-data", "good.jsonl", "--reward-fn", "rewards.py:length"), "--policy .: no config.json"),
     (("--max-new-tokens", "121"), "8 tokens of the first prompt and --max-new-tokens 121 exceed the 128 positions"),
@@ -268,7 +268,7 @@ def test_a_terminal_gets_colours_and_a_pipe_or_no_color_does_not(toy_folder, mon
 def test_the_depth_of_a_shade_is_a_tokens_share_of_the_largest_change(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
-    shown = step.responses([["a", " b", " c"], [" d"]], torch.tensor([[0.9, -0.3, 0.1], [-0.6, 0.0, 0.0]]))
+    shown = step_screen.responses([["a", " b", " c"], [" d"]], torch.tensor([[0.9, -0.3, 0.1], [-0.6, 0.0, 0.0]]))
     assert shown.splitlines()[:2] == ["y1  \x1b[30;48;5;75ma\x1b[0m\x1b[30;48;5;223m b\x1b[0m c", "y2  \x1b[30;48;5;216md\x1b[0m"]
     assert "changed by 0.900 at most" in shown
 
@@ -280,7 +280,7 @@ def test_lines_of_the_toy_have_80_columns_at_most(toy_folder):
 
 def test_long_responses_are_broken_between_tokens_and_no_word_is_lost(capsys):
     words = [f" word{i}" for i in range(40)]
-    shown = step.responses([words], torch.zeros(1, 40)).splitlines()
+    shown = step_screen.responses([words], torch.zeros(1, 40)).splitlines()
     assert len(shown) > 3 and max(map(len, shown)) <= 80
     assert " ".join(shown).replace("y1", "").split() == "".join(words).split()
 
@@ -293,10 +293,10 @@ def test_pieces_of_a_byte_tokenizer_are_the_whole_text_and_carry_no_control_code
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     prompt, text = tokenizer("ab")["input_ids"], "c🙂\nd\x1b[31mé"
     ids = tokenizer(text)["input_ids"]
-    pieces = step.pieces(tokenizer, prompt, ids)
+    pieces = step_screen.pieces(tokenizer, prompt, ids)
     assert len(pieces) == len(ids) == len(text.encode())
     assert "".join(pieces) == "c🙂\\nd\\x1b[31mé"
-    assert "".join(step.pieces(tokenizer, prompt, ids[:-1])) == "c🙂\\nd\\x1b[31m\N{REPLACEMENT CHARACTER}"
+    assert "".join(step_screen.pieces(tokenizer, prompt, ids[:-1])) == "c🙂\\nd\\x1b[31m\N{REPLACEMENT CHARACTER}"
 
 
 def form(text):

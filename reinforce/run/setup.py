@@ -21,6 +21,7 @@ from reinforce import guard, own_baseline
 from reinforce.data.prompts import Data, check_record, tokenize
 from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
+from reinforce.hub import refuse_missing_path
 from reinforce.logprobs import Scorer
 from reinforce.policy import (
     checkpoint_blocks,
@@ -131,7 +132,10 @@ def check(
     policy_flag: str = "--policy",
     data_flag: str = "--train-data",
 ) -> Inputs:
-    """Everything but the models. `config` names policy, prompts and server; the two flags are how errors name the first two."""
+    """Everything but the models. Raises ConfigError.
+
+    `config` names policy, prompts and server. Errors name the first two by the two flags.
+    """
     policy, host, port = config.policy, config.rm_host, config.rm_port
     assert (
         policy is not None
@@ -139,6 +143,7 @@ def check(
         and host is not None
         and port is not None
     )
+    refuse_missing_path(policy, policy_flag)
     check_line = partial(check_record, prompt_key=config.prompt_key, label_key=config.label_key)
     records = {}
     for name, source in ((data_flag, config.train_data), ("--val-data", config.val_data)):
