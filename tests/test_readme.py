@@ -39,6 +39,9 @@ SHORT = {  # with two steps, under -m slow
     "cat > mine.py": "a baseline of one's own: test_own_baseline.py",
 }
 ELSEWHERE = {
+    "python recipes/toy_hack.py": "test_pictures.py",
+    "python recipes/step.py --reward-fn": "test_step.py, with a policy and a reward that exist",
+    "policy=$(python recipes/smollm2.py": "optional packages; test_reward_function.py has a stand-in",
     TESTS: "this very run",
     ".venv/bin/ruff check": ".ci/run",
     "./launch.sh hh": "test_recipes.py, on pairs of its own",
@@ -187,7 +190,7 @@ def test_a_command_runs_and_connects_to_loopback_only(block, clone, tmp_path):
 def test_what_the_readme_shows_of_the_first_command_is_on_the_page_of_the_toy():
     """Whose form is compared with what the command prints."""
     short, (whole,) = blocks(ROOT / "README.md")[0].output, [b.output for b in COMMANDS if b.text == "./launch.sh\n"]
-    assert len(short.splitlines()) == 8 and set(short.splitlines()) <= set(whole.splitlines())
+    assert len(short.splitlines()) <= 8 and set(short.splitlines()) <= set(whole.splitlines())
 
 
 @pytest.mark.slow
@@ -355,6 +358,7 @@ OTHERS = {  # flags of programs that are not ours
     "torchrun": "nnodes nproc-per-node standalone rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout signals-to-handle",
     "ruff format": "check",
     "lm_eval": "model tasks",
+    "OpenRLHF": "remote_rm_url",
     "every script": "help",
 }
 
@@ -362,7 +366,7 @@ OTHERS = {  # flags of programs that are not ours
 @pytest.mark.parametrize("name", [*(page.relative_to(ROOT).as_posix() for page in PAGES), "launch.sh"])
 def test_every_flag_that_is_named_exists(name):
     known = flags_of_scripts() | {f"--{word}" for words in OTHERS.values() for word in words.split()}
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", (ROOT / name).read_text()))
     assert found <= known, found - known
 
 
