@@ -357,7 +357,7 @@ OTHERS = {  # flags of programs that are not ours
     "gpus-per-node cpus-per-task het-group kill-on-bad-exit mpi",
     "torchrun": "nnodes nproc-per-node standalone rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout signals-to-handle",
     "ruff format": "check",
-    "lm_eval": "model tasks",
+    "lm_eval": "model tasks model_args",
     "OpenRLHF": "remote_rm_url",
     "every script": "help",
 }
