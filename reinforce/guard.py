@@ -13,6 +13,7 @@ may flip at a tie. What it does not see: lengths far beyond a few tokens.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks, first_line
 from reinforce.rollout import Rollout
 from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.shared_prompt import cache_name
 
 GAP = 0.01  # nats a token; rounding in float32 gives 1e-5
 TOKENS = 3  # of each response
@@ -35,6 +37,7 @@ class Verdict:
     """What was found of a model that may be trained."""
 
     plain: bool  # logits are the output head applied to the last hidden states
+    shares_prompt: bool  # a prompt that runs once for all its rows gives the same
     sampling: float  # largest |sampler's - scorer's logp| of a token
     padding: float  # largest |logp in a batch - logp alone| of a token
     unused: tuple[str, ...]  # parameters that no gradient reaches, those of routed experts left out
@@ -91,6 +94,7 @@ def inspect(
                     raise ConfigError(
                         f"{name}: {kind} cannot be trained here: {what} changes log pi of a token by up to {gap:.2g} nats"
                     )
+        shares = plain and not checkpointing and _prompt_can_be_shared(model, rollout, logp)
         unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise
@@ -102,7 +106,7 @@ def inspect(
             f"{name}: {kind} cannot be sampled and scored as a causal language model ({reason:.300})"
         ) from error
     gaps = tuple(found.values())
-    return Verdict(plain, gaps[0], gaps[1], unused, time.monotonic() - start)
+    return Verdict(plain, shares, gaps[0], gaps[1], unused, time.monotonic() - start)
 
 
 def _two(prompts: Sequence[Sequence[int]], turn: int) -> list[Sequence[int]]:
@@ -137,6 +141,61 @@ def _gaps(scorer: Scorer, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         return logp, {
             what: float(gap.abs().nan_to_num(torch.inf).max()) for what, gap in gaps.items()
         }
+
+
+def _prompt_can_be_shared(model: nn.Module, rollout: Rollout, logp: Tensor) -> bool:
+    """Whether `shared_prompt` gives the scorer's logp (B, T), and the same gradients.
+
+    Compared is the length of each parameter's gradient. A model that raises cannot, nor one whose
+    cache forgets the beginning of a long text: the texts here are short.
+    """
+    shared = Scorer(model, plain=True, shares_prompt=True).to(logp.device)
+    try:
+        if _forgets(model, rollout):
+            return False
+        again = _score(shared, rollout)  # (B, T)
+        if float((again - logp).detach().abs().nan_to_num(torch.inf).max()) > GAP:
+            return False
+        expected, found = _gradient_lengths(model, logp), _gradient_lengths(model, again)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # its cache is no plain one, and the model raises what it likes
+        return False
+    longest = max(expected.values(), default=0.0)
+    return expected.keys() == found.keys() and all(
+        abs(found[name] - value) <= 1e-3 * value + 1e-5 * longest
+        for name, value in expected.items()
+    )
+
+
+def _forgets(model: nn.Module, rollout: Rollout) -> bool:
+    """Whether a layer of the model's cache keeps a window of the last tokens alone."""
+    with torch.no_grad():
+        out = cast(Any, model).base_model(input_ids=rollout.prompt, use_cache=True)
+    layers = getattr(out, cache_name(out)).layers
+    return any(getattr(layer, "is_sliding", False) for layer in layers)
+
+
+def _gradient_lengths(model: nn.Module, logp: Tensor) -> dict[str, float]:
+    """Length of each parameter's gradient of sum logp; no gradient stays."""
+    lengths: dict[str, float] = {}
+
+    def note(name: str, w: Tensor) -> None:
+        assert w.grad is not None
+        lengths[name] = float(w.grad.norm())
+        w.grad = None
+
+    handles = [
+        w.register_post_accumulate_grad_hook(partial(note, name))
+        for name, w in model.named_parameters()
+        if w.requires_grad
+    ]
+    try:
+        logp.sum().backward(retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return lengths
 
 
 def _gradients(

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reinforce.head import float32_product
+from reinforce.rollout import positions
+from reinforce.shared_prompt import response_states
 
 CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 
@@ -46,16 +48,19 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         end_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
+        shares_prompt: bool = False,
     ) -> None:
-        """`model` is a Hugging Face causal language model, `plain` its `guard.head_is_plain`.
+        """`model` is a Hugging Face causal language model; `guard.inspect` finds out the two flags.
 
-        The others are the sampler's.
+        plain: the head applied to the last hidden states gives the logits. shares_prompt: a prompt
+        runs once for all its rows. The others are the sampler's.
         """
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.min_new_tokens = min_new_tokens
         self.plain = plain
+        self.shares_prompt = shares_prompt
         self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
 
     def forward(
@@ -67,19 +72,19 @@ class Scorer(nn.Module):
         response is predicted at column S - 1 + t, one before its own.
         """
         hf, s = cast(Any, self.model), prompt.shape[1]
+        head = float32_product(hf.get_output_embeddings()) if self.plain else Tensor.float
         ids = torch.cat([prompt, response], 1)  # (B, S + T)
         seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
-        position = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
-        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": position}
-        if self.plain:
-            states = hf.base_model(**inputs, use_cache=False).last_hidden_state[
-                :, s - 1 : -1
-            ]  # (B, T, H)
-            head = float32_product(hf.get_output_embeddings())
+        place = {"attention_mask": seen.long(), "position_ids": positions(seen)}
+        if self.shares_prompt:
+            states = response_states(hf.base_model, prompt, prompt_mask, response, mask)
+        elif self.plain:
+            out = hf.base_model(input_ids=ids, use_cache=False, **place)
+            states = out.last_hidden_state[:, s - 1 : -1]  # (B, T, H)
         else:
             kept = response.shape[1] + 1
-            states = hf(**inputs, use_cache=False, logits_to_keep=kept).logits[:, :-1]  # (B, T, V)
-            head = Tensor.float
+            out = hf(input_ids=ids, use_cache=False, logits_to_keep=kept, **place)
+            states = out.logits[:, :-1]  # (B, T, V)
         states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)

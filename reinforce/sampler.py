@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from reinforce.logprobs import policy_logits
-from reinforce.rollout import Rollout, join
+from reinforce.rollout import Rollout, join, positions
+from reinforce.shared_prompt import cache_name
 
 CPU = torch.device("cpu")
 
@@ -156,8 +157,7 @@ def sample(
         logits_to_keep=1,
     )
     k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
-    # The cache's name from transformers 5.24 on, and before.
-    kept = "cache" if hasattr(out, "cache") else "past_key_values"
+    kept = cache_name(out)
     cache = getattr(out, kept)
     cache.batch_repeat_interleave(k)
     logits = out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
@@ -206,14 +206,6 @@ def sample(
     t = int(length.max())
     mask = torch.arange(t, device=device) < length[:, None]  # (B, T)
     return Rollout(prompt, prompt_mask, response[:, :t], mask, logp[:, :t], finished)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position of each real token among its row's real tokens, (B, L).
-
-    So padding on the left does not move a prompt.
-    """
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def completes(

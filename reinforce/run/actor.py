@@ -158,7 +158,9 @@ class Actor:
         """logp of every response token under `scorer`, (B, T) float32; 0 outside the mask."""
         logp = torch.zeros_like(rollout.logp)  # (B, T)
         max_rows = self.config.forward_micro_batch_size
-        for rows in distributed.in_step(micro_batches(*rollout.lengths, max_rows, sys.maxsize)):
+        group = rollout.groups if self.policy.shares_prompt else None
+        runs = micro_batches(*rollout.lengths, max_rows, sys.maxsize, group)
+        for rows in distributed.in_step(runs):
             part = rollout.take(rows)
             logp[rows, : part.mask.shape[1]] = self._forward(scorer, part)[: len(rows)]
         return logp
@@ -171,7 +173,9 @@ class Actor:
         """
         most = self.config.micro_batch_size, self.config.micro_batch_tokens
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
-        parts = distributed.in_step(micro_batches(prompt, response, *most))
+        groups = batch.rollout.groups if self.policy.shares_prompt else None
+        group = None if groups is None else [groups[b] for b in update.rows]
+        parts = distributed.in_step(micro_batches(prompt, response, *most, group))
         for i, part in enumerate(parts):
             with distributed.accumulating(self.scorer, last=i + 1 == len(parts)):
                 yield batch.take([update.rows[j] for j in part])

@@ -222,8 +222,8 @@ def load(inputs: Inputs) -> Actor:
         weight.requires_grad_(weight.requires_grad and name not in verdict.unused)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
-    plain = verdict.plain
-    scorer = Scorer(model, plain, config.temperature, ends, config.min_new_tokens).to(place)
+    how = (verdict.plain, config.temperature, ends, config.min_new_tokens, verdict.shares_prompt)
+    scorer = Scorer(model, *how).to(place)
     wrapped = distributed.wrap(
         scorer, device, config.parallel, bf16
     )  # before the reference: a rank then holds one whole model
@@ -233,7 +233,7 @@ def load(inputs: Inputs) -> Actor:
         frozen = load_policy(
             inputs.policy, tokenizer, place, frozen_dtype=torch.bfloat16 if half else torch.float32
         )
-        scored_by = Scorer(frozen, plain, config.temperature, ends, config.min_new_tokens).to(place)
+        scored_by = Scorer(frozen, *how).to(place)
         reference = distributed.wrap(scored_by, device, config.parallel, bf16)
     training = Sampling(
         config.max_new_tokens,
