@@ -199,8 +199,8 @@ def test_resume_must_and_never_do_what_they_say(six, tmp_path):
     began.mkdir()
     (began / "identity.json").write_text("{}")
     with pytest.raises(ConfigError, match="no checkpoint yet"):
-        resume.plan(began, "must")
-    assert resume.plan(began, "auto") == resume.Start()  # a run of an older version, without a date
+        resume.find_start(began, "must")
+    assert resume.find_start(began, "auto") == resume.Start()  # a run of an older version, without a date
 
 
 @pytest.mark.parametrize(("change", "told"), [
@@ -254,13 +254,13 @@ def test_logs_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path
     lines = [json.dumps({"step": step, "text": "a\u2028b"}) + "\n" for step in (0, 1, 1, 2, 2, 3)]
     for name in resume.LOGS:
         (tmp_path / name).write_text("".join(lines) + '{"step": 2, "te')
-    resume.cut_back(tmp_path, 2)
+    resume.truncate_logs(tmp_path, 2)
     for name in resume.LOGS:
         assert (tmp_path / name).read_text() == "".join(lines[:5])
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3].rstrip("\n"))
-    resume.cut_back(tmp_path, 2)
+    resume.truncate_logs(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
-    resume.cut_back(tmp_path, 0)
+    resume.truncate_logs(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 

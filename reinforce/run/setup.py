@@ -122,7 +122,7 @@ def begin(config: TrainConfig) -> Begun:
     distributed.together(
         lambda: own_baseline.check(config.baseline, config.num_rollouts_per_prompt)
     )
-    start = distributed.together(lambda: resume.plan(run, config.resume), only_first=True)
+    start = distributed.together(lambda: resume.find_start(run, config.resume), only_first=True)
     return Begun(device, start)
 
 
@@ -324,7 +324,7 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
         resume.check_identity(folder, own)
         checkpoint.sweep(folder)
         checkpoint.set_aside(folder, inputs.start.step)
-        resume.cut_back(folder, inputs.start.step)
+        resume.truncate_logs(folder, inputs.start.step)
         facts = {
             **dataclasses.asdict(config),
             "torch": torch.__version__,
