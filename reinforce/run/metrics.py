@@ -1,5 +1,6 @@
 """The metrics of a step: one line of metrics.jsonl, computed from all rows of all ranks.
 
+step             number of the step, from 1
 reward           mean over the responses that have a reward
 reward_std       standard deviation of the same rewards
 kl               mean over responses, nats, as in the objective; null at beta = 0
