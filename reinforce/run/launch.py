@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # and not this folder, whose names are no modules of their own
+    sys.path[0] = str(ROOT)  # in place of this folder, whose files are modules of the package
 
 from reinforce.run import slurm  # noqa: E402
 from reinforce.run.children import (  # noqa: E402
@@ -50,26 +50,32 @@ from reinforce.run.children import (  # noqa: E402
 )
 
 RECIPES = ("toy", "smollm2", "run", "hh", "compare")  # recipes/pipelines/
+STARTS_SERVER = (
+    "launch.sh starts the reward server itself; with a server of your own, start torchrun train.py"
+)
+# flags that the launcher gives itself, and what to do instead
 OURS = {
-    "--rm-host": "launch.sh starts the reward server itself; for one of your own: torchrun train.py",
-    "--rm-port": "launch.sh starts the reward server itself; for one of your own: torchrun train.py",
-    "--ready-file": "launch.sh waits for the server itself",
+    "--rm-host": STARTS_SERVER,
+    "--rm-port": STARTS_SERVER,
+    "--ready-file": "launch.sh waits for the server itself; leave this flag out",
 }
 
 
 class Job:
-    """What a recipe is written with: `output`, `run`, `make`, `serve` and `train`.
+    """The verbs of a recipe: `check`, `run`, `output`, `make`, `serve` and `train`.
 
-    Each runs one command to its end, or ends the launcher with that command's exit code.
+    Each runs one command to its end (`serve`: until the server answers), or ends the launcher with
+    the exit code of the command.
     """
 
     root = ROOT
 
     def __init__(self, name: str, words: Sequence[str], signals: Signals) -> None:
-        """`words` are the user's. Raises EndedError on one that the launcher gives itself."""
+        """`words` are those of the user. Raises EndedError on a flag of the launcher itself."""
         for word in words:
-            if reason := OURS.get(word.partition("=")[0]):
-                raise EndedError(2, f"{word.partition('=')[0]}: {reason}")
+            flag = word.partition("=")[0]
+            if reason := OURS.get(flag):
+                raise EndedError(2, f"{flag}: {reason}")
         self.name = name
         self.signals = signals
         self.hetjob = slurm.Hetjob() if slurm.is_hetjob() else None
@@ -83,17 +89,17 @@ class Job:
         self.address: tuple[str, str] = ("", "")
 
     def command(self, script: str, *words: object) -> list[str]:
-        """A script of the repository as a command."""
+        """The command that runs a script of the repository."""
         return [self.python, str(ROOT / script), *map(str, words)]
 
     def run(self, script: str, *words: object) -> None:
-        """Run a script; it says itself what it does and what is wrong."""
+        """Run a script, which prints itself what it does and what is wrong."""
         child = Child(self.command(script, *words))
         if code := wait_for(child, self.signals, f"in {script}"):
             raise EndedError(code)
 
     def output(self, script: str, *words: object) -> str:
-        """Run a script and return its last line on stdout: the folder that it has prepared."""
+        """Run a script, and return its last line on stdout: the folder that it has prepared."""
         child = Child(self.command(script, *words), stdout=subprocess.PIPE)
         code = wait_for(child, self.signals, f"in {script}")
         lines = (child.process.stdout.read() if child.process.stdout else b"").decode().splitlines()
@@ -102,7 +108,7 @@ class Job:
         return lines[-1]
 
     def make(self, folder: Path, script: str, *words: object) -> None:
-        """Run a script with --out once: the folder is there only when it is whole."""
+        """Run a script with --out unless the folder exists, which it does only when complete."""
         if folder.is_dir():
             print(f"== {folder.name}: there already, {folder}", flush=True)
             return
@@ -116,7 +122,7 @@ class Job:
     def check(
         self, train: Sequence[object], server: Sequence[object] = ("--reward-fn", "x:y")
     ) -> None:
-        """Look at both command lines before anything is prepared: a typo is no reason to wait."""
+        """Check both command lines before anything is prepared: a typo must not cost a wait."""
         self.run("recipes/check_flags.py", *server, "--", *train)
 
     def serve(self, *flags: object) -> None:
@@ -125,14 +131,14 @@ class Job:
         ready, self.log = self.folder / "server.ready", self.folder / "server.log"
         for stale in (ready, self.folder / "exit.json"):
             stale.unlink(missing_ok=True)
-        prefix, where = [], ["--exit-with-parent"]
+        srun, options = [], ["--exit-with-parent"]
         if self.hetjob:
             os.environ["RM_TOKEN_FILE"] = str(self.folder / "rm_token")
             slurm.write_token(self.folder / "rm_token")
-            prefix, where = self.hetjob.srun(0), ["--host", "0.0.0.0"]
-        command = self.command("serve_rm.py", *where, *flags, "--ready-file", ready)
+            srun, options = self.hetjob.srun(0), ["--host", "0.0.0.0"]
+        command = self.command("serve_rm.py", *options, *flags, "--ready-file", ready)
         with self.log.open("wb") as log:
-            self.server = Child([*prefix, *command], stdout=log, stderr=subprocess.STDOUT)
+            self.server = Child([*srun, *command], stdout=log, stderr=subprocess.STDOUT)
         while not self.is_ready(ready):
             self.signals.raise_if_any("before the reward server was ready")
             if self.server.code is not None:
@@ -141,7 +147,7 @@ class Job:
         print(f"reward server: http://{':'.join(self.address)}, log: {self.log}", flush=True)
 
     def is_ready(self, ready: Path) -> bool:
-        """Whether the server has said where it is, and answers there."""
+        """Whether the server has written its address, and answers there."""
         if not ready.exists():
             return False
         host, port = ready.read_text().split()
@@ -151,7 +157,7 @@ class Job:
         return self.hetjob is None or slurm.is_healthy(host, port)
 
     def server_ended(self, first: str) -> str:
-        """A sentence on a server that is gone, after the end of its log."""
+        """Print the last lines of the log of a server that has ended; return a sentence on it."""
         assert self.server is not None
         print(last_lines(str(self.log)), file=sys.stderr)
         return f"the reward server ended{first} with code {self.server.code}; its log: {self.log}"
@@ -181,7 +187,7 @@ class Job:
         self.conclude(trainer.code or 0, before)
 
     def watch(self, trainer: Child) -> int | None:
-        """Until the trainer has ended. The server's exit code, if it was the first to end."""
+        """Wait for the end of the trainer; the exit code of the server if that ended first."""
         assert self.server is not None
         server_code, asked = None, None
         while trainer.code is None:
@@ -197,7 +203,7 @@ class Job:
         return server_code
 
     def conclude(self, code: int, before: str) -> None:
-        """Raises EndedError unless the run is done; a job of Slurm that can go on is requeued."""
+        """Raise EndedError unless the run is done; requeue a job of Slurm that can go on."""
         newest = newest_checkpoint(self.folder)
         ended = read_exit(self.folder)
         if ended:
@@ -226,7 +232,7 @@ class Job:
         raise EndedError(code, f"exit code {code}; logs: {self.folder}")
 
     def end(self) -> None:
-        """The trainer first, then the server that it talks to."""
+        """End the trainer first, then the server that the trainer talks to."""
         if self.signals.trainer is not None:
             self.signals.tell_trainer("SIGTERM")
             self.watch(self.signals.trainer)
@@ -236,7 +242,10 @@ class Job:
 
 
 def find_python() -> str:
-    """A Python with PyTorch: PYTHON, the active environment's, .venv's or python3. Raises EndedError."""
+    """A Python with PyTorch: PYTHON, that of the active environment or .venv, or python3.
+
+    Raises EndedError if none of them has PyTorch. PYTHON itself is not looked at.
+    """
     if os.environ.get("PYTHON"):
         return os.environ["PYTHON"]
     look = "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
@@ -258,7 +267,7 @@ def processes_of(hetjob: slurm.Hetjob | None) -> str:
     """torchrun's --nproc-per-node, from NPROC or Slurm. Raises EndedError."""
     given = os.environ.get("NPROC") or (hetjob.processes() if hetjob else "1")
     if not (given.isdigit() and int(given)) and given not in ("gpu", "cpu", "auto"):
-        raise EndedError(2, f"NPROC is '{given}'; it must be a number of processes, or gpu")
+        raise EndedError(2, f"NPROC is '{given}'; give a number of processes, or gpu")
     return given
 
 
@@ -274,7 +283,7 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 
 
 def new_folder(given: str | None, name: str, hetjob: slurm.Hetjob | None) -> Path:
-    """The run folder: the given one, or a new one. A requeued job finds its own again."""
+    """The run folder: the given one, or a new one; a requeued job finds its folder again."""
     if given is None and hetjob is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for folder in (Path(f"runs/{name}-{stamp}"), Path(f"runs/{name}-{stamp}-{os.getpid()}")):
@@ -285,12 +294,13 @@ def new_folder(given: str | None, name: str, hetjob: slurm.Hetjob | None) -> Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EndedError(2, f"--log-dir {folder} cannot be made: {error.strerror}") from error
+        reason = f"--log-dir {folder} cannot be made ({error.strerror}); give another folder"
+        raise EndedError(2, reason) from error
     return folder.resolve() if hetjob else folder  # a container may start in another folder
 
 
 def newest_checkpoint(folder: Path) -> str:
-    """Its name, "" if there is none."""
+    """The name of the newest checkpoint in a run folder; "" if there is none."""
     return max((path.name for path in folder.glob("checkpoints/step-*")), default="")
 
 
@@ -304,7 +314,7 @@ def read_exit(folder: Path) -> tuple[int, str] | None:
 
 
 def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe's name and what is left of the command line. Raises EndedError."""
+    """The name of the recipe, and the rest of the command line. Raises EndedError."""
     if not words or words[0].startswith("-"):
         return "toy", list(words)
     name = words[0]
@@ -316,7 +326,7 @@ def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main(words: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the recipe that the command line names, and return the exit code."""
     if words and words[0] in ("-h", "--help"):
         print(__doc__)
         return 0

@@ -1,9 +1,11 @@
 """launch.sh as the batch script of a Slurm hetjob: group 0 serves the reward, group 1 trains.
 
-Facts that the code rests on: Slurm runs a copy of the batch script; `--signal=B:USR1` reaches the
-batch script alone; srun passes SIGUSR1 to every process of its step, kills the step at SIGTERM, and
-takes a lone ":" among its words for the start of another component.
-The standard library alone, for any Python from 3.8 on.
+Facts that the code rests on:
+- Slurm runs a copy of the batch script.
+- `--signal=B:USR1` reaches the batch script alone.
+- srun passes SIGUSR1 to every process of its step, and kills the step at SIGTERM.
+- srun takes a lone ":" among its words for the start of another component.
+Only the standard library is imported, for any Python from 3.8 on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from reinforce.run.children import EndedError
 
 
 def is_hetjob() -> bool:
-    """Whether this process is a batch script with nodes for an actor."""
+    """Whether this process is the batch script of a hetjob with a second group of nodes."""
     return bool(os.environ.get("SLURM_JOB_ID") and os.environ.get("SLURM_JOB_NODELIST_HET_GROUP_1"))
 
 
@@ -37,16 +39,16 @@ def hosts_of(nodelist: str) -> list[str]:
 
 
 class Hetjob:
-    """The two groups of the job that this process is the batch script of."""
+    """The two groups of the hetjob whose batch script this process is."""
 
     def __init__(self) -> None:
-        """Reads Slurm's variables. Raises EndedError."""
+        """Read the variables of Slurm. Raises EndedError if scontrol does not know the hosts."""
         self.id = os.environ["SLURM_JOB_ID"]
         self.server_host = hosts_of(os.environ["SLURM_JOB_NODELIST_HET_GROUP_0"])[0]
         self.actor_hosts = hosts_of(os.environ["SLURM_JOB_NODELIST_HET_GROUP_1"])
 
     def srun(self, group: int) -> list[str]:
-        """One task on each node of a group. SRUN_ARGS: container image, mounts, --mpi, for both."""
+        """The words that start one task on each node of a group, those of SRUN_ARGS included."""
         nodes = len(self.actor_hosts) if group else 1
         words = ["srun", f"--het-group={group}", f"--nodes={nodes}", "--ntasks-per-node=1"]
         if group:
@@ -56,7 +58,7 @@ class Hetjob:
         return words + shlex.split(os.environ.get("SRUN_ARGS", ""))
 
     def rendezvous(self) -> list[str]:
-        """torchrun's flags: its agents meet at the first host of group 1, at a port of this job."""
+        """Flags of torchrun: its agents meet at the first host of group 1, at a port of the job."""
         port = 20000 + int(self.id) % 10000
         return [
             f"--nnodes={len(self.actor_hosts)}",
@@ -66,11 +68,11 @@ class Hetjob:
         ]
 
     def processes(self) -> str:
-        """torchrun's --nproc-per-node: the GPUs of a node ("gpu": as many as there are)."""
+        """The value of --nproc-per-node: the GPUs of a node by Slurm, or "gpu", all there are."""
         return os.environ.get("SLURM_GPUS_PER_NODE_HET_GROUP_1", "gpu").rpartition(":")[2]
 
     def cpus(self) -> int | None:
-        """CPUs of an actor's node: 32 of "32(x2),16"; None if Slurm does not say."""
+        """CPUs of an actor node: 32 of "32(x2),16"; None if Slurm names no number."""
         given = os.environ.get("SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1", "")
         first = given.split("(")[0].split(",")[0]
         return int(first) if first.isdigit() else None
@@ -81,14 +83,14 @@ class Hetjob:
 
 
 def write_token(file: Path) -> None:
-    """A random token for both jobs, in a new file that its owner alone can read."""
+    """Write a random token for both jobs to a new file that its owner alone can read."""
     file.unlink(missing_ok=True)
     with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
         out.write(secrets.token_hex(32))
 
 
 def refuse_lone_colon(words: Sequence[str]) -> None:
-    """Raises EndedError on a word that srun would not pass on."""
+    """Raise EndedError if the words hold a lone ":", which srun would not pass on."""
     if ":" in words:
         i = list(words).index(":")
         before = words[i - 1] if i else "--flag"
@@ -96,7 +98,7 @@ def refuse_lone_colon(words: Sequence[str]) -> None:
 
 
 def is_healthy(host: str, port: str) -> bool:
-    """Whether GET /health answers 200, asked directly and never through a proxy."""
+    """Whether GET /health answers 200; it is asked directly, never through a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{host}:{port}/health", timeout=5) as reply:
