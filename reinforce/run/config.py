@@ -159,7 +159,7 @@ class TrainConfig:
     kl_reduce: str = flag(
         "sum",
         "objective",
-        "what is taken of the KL over a response's tokens; mean: as in the tutorial (biased)",
+        "KL of a response: sum or mean over its tokens; mean: as in the tutorial (biased)",
         choices=("sum", "mean"),
     )
     truncated: str = flag(
@@ -175,8 +175,8 @@ class TrainConfig:
     loss_norm: str = flag(
         "sequence",
         "objective",
-        "divisor of the loss; sequence: token sums by rows; token: token sums by tokens; "
-        "length: token means by rows (as in the tutorial)",
+        "what the loss is a mean of; sequence: token sums, over rows; token: tokens, over all; "
+        "length: token means, over rows (as in the tutorial)",
         choices=("sequence", "token", "length"),
     )
     ratio_clip: float = flag(
