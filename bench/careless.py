@@ -1,9 +1,10 @@
-"""Careless command lines and inputs, and what they are answered: a table, written by running them.
+"""A table of careless command lines and inputs, each with the answer of the program.
 
     python bench/careless.py > careless.md          about five minutes on two cores
 
-Each row must end with exit code 2 and its last line must be one sentence without a traceback; the
-script ends with 1 and the rows that break this rule. Commands run in a folder of odd files.
+Commands run in a folder of odd files. Each must end with exit code 2, and the last line of its
+answer must be one sentence without a traceback. If rows break this rule, the script prints them and
+ends with exit code 1.
 """
 
 import gzip
@@ -51,8 +52,8 @@ FILES = {
     "pairs.jsonl": '{"chosen": "hello", "rejected": "go away"}\n',
 }
 
-HERE = "--rm-host 127.0.0.1 --rm-port 9"
-OWN = f"train.py --policy TOY/policy {HERE} --train-data"
+ADDRESS = "--rm-host 127.0.0.1 --rm-port 9"
+TRAIN = f"train.py --policy TOY/policy {ADDRESS} --train-data"
 COMMANDS = [
     # flags
     "train.py --basline rloo",
@@ -77,25 +78,25 @@ COMMANDS = [
     "train.py --baseline odd.py",
     "train.py --baseline missing.py:f",
     # models
-    f"train.py --policy runs/nowhere {HERE} --train-data good.jsonl",
-    f"train.py --policy TOY/reward_model {HERE} --train-data good.jsonl",
-    f"train.py --policy good.jsonl {HERE} --train-data good.jsonl",
-    f"train.py --policy empty {HERE} --train-data good.jsonl",
+    f"train.py --policy runs/nowhere {ADDRESS} --train-data good.jsonl",
+    f"train.py --policy TOY/reward_model {ADDRESS} --train-data good.jsonl",
+    f"train.py --policy good.jsonl {ADDRESS} --train-data good.jsonl",
+    f"train.py --policy empty {ADDRESS} --train-data good.jsonl",
     # prompts
     *(
-        f"{OWN} {name}"
+        f"{TRAIN} {name}"
         for name in FILES
         if name.endswith((".jsonl", ".json", ".csv", ".parquet", ".gz"))
         and name not in ("good.jsonl", "pairs.jsonl")
     ),
-    f"{OWN} missing.jsonl",
-    f"{OWN} missing.csv",
-    f"{OWN} good.jsonl:test",
-    f"{OWN} good.jsonl --prompt-key question",
-    f"{OWN} nokey.jsonl --prompt-key question --label-key grade",
-    f"{OWN} good.jsonl",
-    f"{OWN} good.jsonl --num-rollout-samples 64",
-    f"{OWN} empty",
+    f"{TRAIN} missing.jsonl",
+    f"{TRAIN} missing.csv",
+    f"{TRAIN} good.jsonl:test",
+    f"{TRAIN} good.jsonl --prompt-key question",
+    f"{TRAIN} nokey.jsonl --prompt-key question --label-key grade",
+    f"{TRAIN} good.jsonl",
+    f"{TRAIN} good.jsonl --num-rollout-samples 64",
+    f"{TRAIN} empty",
     # the server
     "serve_rm.py --reward-fn odd.py",
     "serve_rm.py --reward-fn odd.py:god",
@@ -138,7 +139,7 @@ COMMANDS = [
 
 
 def answer(command: str, folder: Path) -> tuple[int, str]:
-    """Exit code of a command, and what it says on stderr."""
+    """Exit code of a command, and its text on stderr."""
     script, *words = command.replace("TOY", str(toy.prepare())).split()
     start = [sys.executable] if script.endswith(".py") else ["bash"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -156,22 +157,21 @@ def answer(command: str, folder: Path) -> tuple[int, str]:
 
 
 def flaw(code: int, text: str) -> str | None:
-    """What is wrong with an answer; None if nothing is."""
+    """What is wrong with an answer, None if nothing is."""
     if code != 2:
         return f"exit code {code}"
     return "a traceback" if "Traceback" in text or not text else None
 
 
 def message(text: str) -> str:
-    """The sentence among what a command says: the launcher's last line is the code."""
-    lines = [
-        line for line in text.splitlines() if "; logs: " not in line and "its log: " not in line
-    ]
+    """The last sentence of an answer, without the launcher's lines about exit code and logs."""
+    ends = ("; logs: ", "its log: ")
+    lines = [line for line in text.splitlines() if not any(end in line for end in ends)]
     return (lines or [""])[-1]
 
 
 def main() -> None:
-    """Run them all, two at a time."""
+    """Run all commands, two at a time, and print the table."""
     toy.prepare()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
@@ -183,12 +183,12 @@ def main() -> None:
     print(f"{len(COMMANDS)} careless commands, `python bench/careless.py`:\n")
     print("| command | answer |\n|---|---|")
     for command, (_, text) in zip(COMMANDS, answers, strict=True):
-        said = message(text).replace(str(toy.prepare()), "TOY").replace("|", "\\|")
-        print(f"| `{command}` | {said} |")
+        sentence = message(text).replace(str(toy.prepare()), "TOY").replace("|", "\\|")
+        print(f"| `{command}` | {sentence} |")
     bad = {
-        command: f"{found}: {text}"
+        command: f"{problem}: {text}"
         for command, (code, text) in zip(COMMANDS, answers, strict=True)
-        if (found := flaw(code, text))
+        if (problem := flaw(code, text))
     }
     if bad:
         sys.exit(json.dumps(bad, indent=2))

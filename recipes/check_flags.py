@@ -1,8 +1,8 @@
-"""Check the command lines of both scripts, before anything is prepared for them.
+"""Check the flags of serve_rm.py and train.py before the launcher prepares anything.
 
-python recipes/check_flags.py SERVER FLAGS -- TRAIN FLAGS
+    python recipes/check_flags.py SERVER FLAGS -- TRAIN FLAGS
 
-What the launcher adds itself (models, data, the server's address) may be missing here.
+The flags that the launcher adds (models, data, the server's address) may be missing.
 """
 
 import sys
@@ -18,7 +18,7 @@ from reinforce.serving.config import ServeConfig  # noqa: E402
 
 
 def main() -> None:
-    """Raises ConfigError on the first flag that is wrong."""
+    """Raise ConfigError on the first flag that is wrong."""
     middle = sys.argv.index("--")
     parse(ServeConfig, "", sys.argv[1:middle])
     added = ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1"]

@@ -226,7 +226,7 @@ def test_what_the_launcher_gives_itself_is_refused_from_others(launch, tmp_path,
 
 def test_run_without_the_two_dashes_names_them(launch):
     out, _ = (job := launch("run", "--reward-model", "m", "--policy", "p")).communicate(timeout=20)
-    assert job.returncode == 2 and "the -- between the server's flags and the trainer's is missing" in out
+    assert job.returncode == 2 and "the -- between the flags of serve_rm.py and those of train.py is missing" in out
 
 
 @pytest.mark.parametrize("given", ["0", "two", "-1"])

@@ -1,4 +1,4 @@
-"""All baselines side by side: recipes/compare.py starts its own server and runs."""
+"""All baselines side by side: recipes/compare.py starts the reward server and the runs."""
 
 from __future__ import annotations
 

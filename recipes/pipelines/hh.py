@@ -17,14 +17,14 @@ RECIPES = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The lengths and numbers of one --size."""
 
-    conversation: int  # longest to learn from, tokens
-    prompt: int  # longest, tokens
-    examples: int  # of SFT, and pairs of the reward model
-    steps: int  # of REINFORCE
-    prompts: int  # in each of them
-    validation: int  # steps between two
+    conversation: int  # tokens of a training conversation at most
+    prompt: int  # tokens of a prompt at most
+    examples: int  # examples of SFT, and pairs of the reward model, at most
+    steps: int  # steps of REINFORCE
+    prompts: int  # prompts of a step
+    validation: int  # steps between two validations
     tests: int  # prompts of the evaluation
 
 
@@ -43,7 +43,7 @@ def pipeline(job: Job, words: list[str]) -> None:
     name, words = taken("--size", words, "hour")
     base, words = taken("--base", words, "")
     if name not in SIZES:
-        raise EndedError(2, f"--size is '{name}'; there are {', '.join(SIZES)}")
+        raise EndedError(2, f"--size is '{name}'; give one of {', '.join(SIZES)}")
     size = SIZES[name]
     settings = f"""
         --num-rollout-samples {size.prompts} --num-rollouts-per-prompt 4
@@ -52,8 +52,9 @@ def pipeline(job: Job, words: list[str]) -> None:
         --lr 1e-5 --initial-policy-kl-penalty 0.05
         --micro-batch-size 16 --micro-batch-tokens 2048
     """.split()
+    # the reward model has learnt from whole replies alone
     if not any(word.startswith("--truncated") for word in words):
-        settings += ["--truncated", "drop"]  # the reward model knows whole replies alone
+        settings += ["--truncated", "drop"]
     job.check(train=[*settings, *words])
 
     data = Path(job.output("recipes/hh.py", pairs, *skipping(words)))
@@ -89,7 +90,10 @@ def pipeline(job: Job, words: list[str]) -> None:
 
 
 def taken(flag: str, words: list[str], default: str) -> tuple[str, list[str]]:
-    """A flag of this recipe and the words without it. Raises EndedError if it has no value."""
+    """The value of a flag of this recipe, and the words without the flag.
+
+    Raises EndedError if the flag has no value.
+    """
     for i, word in enumerate(words):
         if word == flag and i + 1 == len(words):
             raise EndedError(2, f"{flag} needs a value")
@@ -101,12 +105,12 @@ def taken(flag: str, words: list[str], default: str) -> tuple[str, list[str]]:
 
 
 def skipping(words: list[str]) -> list[str]:
-    """--skip-bad-lines counts for the pairs, too."""
+    """The words that recipes/hh.py gets, too: --skip-bad-lines holds for prompts and pairs."""
     return [word for word in words if word == "--skip-bad-lines"]
 
 
 def key_of(base: str) -> str:
-    """What another base or another recipe has made is not taken for this one's."""
+    """Part of a folder's name, so that another base or another recipe has another folder."""
     sources = (Path(__file__), *(RECIPES / f"{name}.py" for name in ("sft", "train_rm", "fit")))
     text = b"".join([base.encode(), *(path.read_bytes() for path in sources)])
     return hashlib.sha256(text).hexdigest()[:8]

@@ -15,7 +15,7 @@ def pipeline(job: Job, words: list[str]) -> None:
     if "--" not in words:
         raise EndedError(
             2,
-            "run: the -- between the server's flags and the trainer's is missing: "
+            "run: the -- between the flags of serve_rm.py and those of train.py is missing: "
             "./launch.sh run SERVER FLAGS -- TRAIN FLAGS",
         )
     middle = words.index("--")
