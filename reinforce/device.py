@@ -14,7 +14,7 @@ SMALL = 10_000_000  # parameters; below this bf16 gains nothing
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises ConfigError for a GPU that is not there."""
+    """The device of this process. Raises ConfigError on a GPU that is missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto"
@@ -24,7 +24,8 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(
-            f"--device: rank {local_rank} of this machine has no GPU of its own ({count} here)"
+            f"--device: rank {local_rank} of this machine has no GPU of its own ({count} here); "
+            "start fewer processes, or give --device cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -50,7 +51,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
-    """What --precision means for a model of so many parameters."""
+    """Whether --precision means bfloat16 for a model of so many parameters."""
     if precision == "auto":
         return parameters > SMALL and bf16_is_fast(device)
     return precision == "bf16"

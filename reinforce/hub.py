@@ -1,4 +1,4 @@
-"""What may be asked for on the Hugging Face hub: a path that is missing here is no hub id."""
+"""Which names the Hugging Face hub may be asked for: the path of a missing file is no hub id."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,9 @@ from reinforce.errors import ConfigError
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether a name that is nothing here has the hub's form, NAME or OWNER/NAME.
+    """Whether a name that is no file here has the hub's form, NAME or OWNER/NAME.
 
-    A path has not: it has more slashes, begins with . or ~, or is in a folder that exists.
+    A path has more slashes, begins with . or ~, or is in a folder that exists.
 
     >>> [may_be_hub_id(n) for n in ("gpt2", "org/model-1.5", "runs/x/policy", "./gpt2", "gpt2/")]
     [True, True, False, False, False]
@@ -20,7 +20,7 @@ def may_be_hub_id(name: str) -> bool:
 
 
 def refuse_missing_path(name: str, flag: str) -> None:
-    """Raises ConfigError on a model that is no folder here and that the hub cannot have either."""
+    """Raise ConfigError on a model that is no folder here and that the hub cannot have either."""
     if Path(name).is_file():
         raise ConfigError(f"{flag} {name}: a file; give the folder that holds config.json")
     if not Path(name).is_dir() and not may_be_hub_id(name):

@@ -184,7 +184,7 @@ def untied(small):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     tokenizer = toy.make_tokenizer()
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, model 20"):
+    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, the model 20"):
         load_policy(str(tmp_path), tokenizer, "cpu")
 
 
