@@ -92,6 +92,9 @@ class Server:
         self._loop.run_until_complete(listen)
         self._sweep()
         self._loop.run_forever()
+        for connection in tuple(self.connections):
+            connection.transport.abort()
+        self._loop.run_until_complete(asyncio.sleep(0))
 
     def _connected(self) -> Connection:
         """A new connection, for which the longest idle one makes room."""
