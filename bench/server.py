@@ -63,7 +63,7 @@ def uvicorn_app(scorer: str) -> Any:
         longest = model.config.max_position_embeddings
 
         def rewards(texts: list[str]) -> list[float]:
-            items = [query_ids(tokenizer, text[-16 * longest :])[-longest:] for text in texts]
+            items = [query_ids(tokenizer, text)[-longest:] for text in texts]
             with lock, torch.inference_mode():
                 return score(model, items, tokenizer.pad_token_id).tolist()
     else:
@@ -114,7 +114,13 @@ def ours(scorer: str, folder: Path, port: int = 0) -> list[str]:
 
 def theirs(scorer: str, folder: Path) -> list[str]:
     """The command of uvicorn."""
-    return [sys.executable, __file__, "--serve", scorer, str(folder / "theirs.ready")]
+    return [
+        sys.executable,
+        str(ROOT / "bench/server.py"),
+        "--serve",
+        scorer,
+        str(folder / "theirs.ready"),
+    ]
 
 
 def serve(scorer: str, ready: Path) -> None:

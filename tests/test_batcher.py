@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from reinforce.serving.batcher import Batcher, LateError, NotFiniteError
+from reinforce.serving.batcher import Batcher, LateError
+from reinforce.serving.forward import NotFiniteError
 
 
 @pytest.fixture

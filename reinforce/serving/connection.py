@@ -11,10 +11,9 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Coroutine
-from typing import Any, Protocol
 
-from reinforce.serving.http import Head, HttpError, Reply, Request, reply_bytes
+from reinforce.serving.host import Host
+from reinforce.serving.http import HttpError, Reply, Request, reply_bytes
 from reinforce.serving.reader import Reader
 
 IDLE_SECONDS = 15.0  # between two requests
@@ -29,24 +28,6 @@ GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 def late() -> Reply:
     """The answer did not come in time."""
     return HttpError(504, "deadline", f"no answer within {ANSWER_SECONDS:g} s").reply()
-
-
-class Host(Protocol):
-    """The server, as a connection sees it."""
-
-    connections: set["Connection"]
-
-    def admit(self, head: Head) -> int:
-        """The length of the body that is to come. Raises HttpError."""
-
-    def route(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
-        """The answer, or a way to it. Raises HttpError."""
-
-    def hold(self, size: int) -> None:
-        """A connection holds so many bytes more, or less. Raises HttpError."""
-
-    def replied(self, status: int) -> bool:
-        """A reply goes out; whether its connection may be kept."""
 
 
 class Connection(asyncio.Protocol):

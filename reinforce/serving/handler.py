@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from reinforce.serving.batcher import Batcher, LateError, NotFiniteError
-from reinforce.serving.body import MAX_BODY, read_json
+from reinforce.serving.batcher import Batcher, LateError
+from reinforce.serving.body import MAX_BODY
 from reinforce.serving.connection import ANSWER_SECONDS, late
+from reinforce.serving.forward import NotFiniteError
 from reinforce.serving.http import HttpError, Reply, Request, json_body
+from reinforce.serving.items import read
 from reinforce.serving.metrics import metrics
-from reinforce.serving.protocol import parse_request
 from reinforce.serving.reward import Reward
 from reinforce.serving.server import Server
 
@@ -45,15 +46,6 @@ class Service:
         if not all(map(math.isfinite, rewards)):  # a tiny --reward-std makes them so
             raise HttpError(500, "non_finite", "a reward is NaN or infinite")
         return rewards
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request for rewards."""
-
-    id: Any
-    items: list[Any]
-    truncated: list[int]  # texts that were cut
 
 
 class RewardServer(Server):
@@ -138,23 +130,6 @@ class RewardServer(Server):
             "truncated": asked.truncated,
         }
         return json_body(reply)
-
-
-def read(reward: Reward, request: Request) -> Asked:
-    """The items of a request for rewards. Raises HttpError."""
-    wanted = read_json(request)
-    items, truncated = [], []
-    for index, text in enumerate(parse_request(wanted)):
-        try:
-            item, cut = reward.encode(text)
-        except Exception as error:
-            known = isinstance(error, ValueError)
-            reason = str(error) if known else "the text cannot be encoded"
-            raise HttpError(422, "bad_text", reason, index) from error
-        items.append(item)
-        if cut:
-            truncated.append(index)
-    return Asked(wanted.get("id"), items, truncated)
 
 
 def _busy(batcher: Batcher) -> HttpError:

@@ -39,6 +39,20 @@ class Request:
         """Nobody waits for the rest any more."""
         return self.future.done() or self.deadline < now or self.gone()
 
+    def give(self, index: int, score: float) -> None:
+        """One text is scored; the last one answers the client."""
+        self.scores[index] = score
+        if len(self.scores) == len(self.items) and self._is_wanted():
+            self.future.set_result([self.scores[i] for i in range(len(self.items))])
+
+    def fail(self, error: Exception) -> None:
+        """The client hears of it, and no further text is scored."""
+        if self._is_wanted():
+            self.future.set_exception(error)
+
+    def _is_wanted(self) -> bool:
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
+
 
 Taken = list[tuple[Request, int]]  # texts of one forward: request, number of the text in it
 
