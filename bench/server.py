@@ -3,10 +3,11 @@
     pip install fastapi uvicorn uvloop httptools
     python bench/server.py [--quick]
 
-Scorers: a constant, 20 ms + 1 ms a text (one at a time, as on a GPU), and the toy's reward model. Requests of 1 text of 200
-characters and of 16 of 4,000. The FastAPI server is written as its users write it: one call of the scorer a request, in its
-thread pool; the constant in the event loop. Printed: requests a second, median and 99th percentile in ms, and replies that
-were refused for the moment (429) or failed; then memory over 20,000 requests and the recovery after a kill.
+Scorers: a constant, 20 ms + 1 ms a text (one at a time, as on a GPU), and the toy's reward model.
+Requests of 1 text of 200 characters and of 16 of 4,000. The FastAPI server is written as its users
+write it: one call of the scorer a request, in its thread pool; the constant in the event loop.
+Printed: requests a second, median and 99th percentile in ms, and replies that were refused for the
+moment (429) or failed; then memory over 20,000 requests and the recovery after a kill.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-WORDS = "the crust was very superb and the sauce was stale . ".split()
+SENTENCE = "the crust was very superb and the sauce was stale . "
 FUNCTIONS = '''
 import time
 
@@ -199,7 +200,7 @@ def attack(port: int, connections: int, size: tuple[int, int], seconds: float) -
     import uvloop
 
     texts, characters = size
-    line = (" ".join(WORDS * (characters // 40)))[:characters]
+    line = (SENTENCE * (characters // 40))[:characters]
     body = ('{"query": [' + ", ".join([f'"{line}"'] * texts) + "]}").encode()
     head = "POST /get_reward HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -297,7 +298,7 @@ def memory(folder: Path) -> None:
 
 
 def recovery(folder: Path) -> None:
-    """Seconds from the second server's readiness to the next reward of a client that lost the first one."""
+    """Seconds from the second server's readiness to the reward that a client waits for."""
     from reinforce.rm_client import RewardClient
 
     ready, took = folder / "ours.ready", []
@@ -333,7 +334,7 @@ def main() -> None:
     parts: list[Callable[[Path], None]] = [memory, recovery]
     with tempfile.TemporaryDirectory() as name:
         quick = arguments.quick
-        compare(Path(name), 1 if quick else 3, 0.7 if quick else 1.5, 300 if quick else 1024)
+        compare(Path(name), 1 if quick else 3, 0.7 if quick else 1.0, 300 if quick else 1024)
         for part in parts:
             part(Path(name))
 

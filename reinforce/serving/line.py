@@ -81,7 +81,7 @@ class Line:
         return gone
 
     def take(self, most: int) -> Taken:
-        """At most `most` texts of similar length, the line's first one among them; shortest first."""
+        """At most `most` texts of similar length, with the first one of the line; shortest first."""
         window = list(islice(self._turns(), WINDOW * most))
         order = sorted(range(len(window)), key=lambda i: _size(window[i]))
         start = order.index(0) // most * most

@@ -6,6 +6,7 @@ like. The kernel's side of a signal handler writes the signal's number into a so
 """
 
 import faulthandler
+import multiprocessing
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from reinforce.serving.handler import RewardServer
 
@@ -45,7 +46,9 @@ class Watch:
         self._writing.setblocking(False)
         self._before: dict[int, Any] = {n: signal.signal(n, _heard) for n in SIGNALS}
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forked)
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._forked
+        )
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._thread.start()
 
@@ -59,14 +62,21 @@ class Watch:
         self._reading.close()
         self._writing.close()
 
+    def _before_fork(self) -> None:
+        """A signal to a child that still has our handlers would end us, and not the child."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _unmask(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
     def _forked(self) -> None:
         """A child of a reward function (multiprocessing): our signals and our port are not its."""
-        if self._left.is_set():
-            return
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._server.socket.close()
+        if not self._left.is_set():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._server.socket.close()
+        self._unmask()
 
     def _run(self) -> None:
         while not self._left.is_set():
@@ -84,7 +94,7 @@ class Watch:
     def _end(self) -> None:
         service = self._server.service
         if self._ending is not None or service is None:  # a second signal, or nothing is served yet
-            os._exit(0)
+            _exit(0)
         self._ending, self._server.draining = time.monotonic(), True
 
     def _look(self) -> None:
@@ -92,13 +102,20 @@ class Watch:
         if service is not None and service.batcher.forward_for() > HANG_SECONDS:
             print(f"serve_rm.py: a forward took over {HANG_SECONDS:g} s", file=sys.stderr)
             faulthandler.dump_traceback()
-            os._exit(70)
+            _exit(70)
         if service is None or self._ending is None:
             return
         if not self._server.busy:
             service.batcher.stop()
         elif time.monotonic() > self._ending + DRAIN_SECONDS:
-            os._exit(0)
+            _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
+    """End at once, and the children of a reward function with us."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _heard(number: int, frame: object) -> None:
