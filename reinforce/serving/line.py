@@ -81,7 +81,7 @@ class Line:
         return gone
 
     def take(self, most: int) -> Taken:
-        """At most `most` texts of similar length, with the first one of the line; shortest first."""
+        """At most `most` texts of like length, among them the first of the line; sorted."""
         window = list(islice(self._turns(), WINDOW * most))
         order = sorted(range(len(window)), key=lambda i: _size(window[i]))
         start = order.index(0) // most * most

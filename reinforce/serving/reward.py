@@ -108,11 +108,13 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
 
 def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
-    """What a reward function returned, if it is one number for each completion: a list, tuple, array or 1-D tensor of them."""
+    """What a reward function returned, if it is one number for each completion.
+
+    A list, tuple, array or 1-D tensor of them. Raises ValueError.
+    """
     values = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(
-        values, (list, tuple)
-    ):  # of a dict the keys, of a string the digits would become rewards
+    # of a dict the keys, of a string the digits would become rewards
+    if not isinstance(values, (list, tuple)):
         raise ValueError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
     if len(values) != count:
         raise ValueError(f"{spec} returned {len(values)} scores for {count} completions")
@@ -124,7 +126,10 @@ def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
 
 
 def load_reward(config: ServeConfig) -> Reward:
-    """What the flags ask for; its fingerprint covers all that changes a reward. Raises ConfigError."""
+    """What the flags ask for. Raises ConfigError.
+
+    Its fingerprint covers all that changes a reward.
+    """
     if config.reward_fn is not None:
         reward = function_reward(config, config.reward_fn)
     else:
