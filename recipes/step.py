@@ -160,7 +160,7 @@ def rewards(reward: Reward, tokenizer: Any, prompt: Prompt, y: Rollout) -> Tenso
     """r of each response, (K,) float64, as serve_rm.py computes it. Raises ConfigError."""
     ((_, request),) = reward_requests(tokenizer, [prompt], y, as_text=False)
     try:
-        scores = reward.score([reward.encode(text) for text in parse_request(request)])
+        scores = reward.score([reward.encode(text)[0] for text in parse_request(request)])
     except FunctionError as error:
         raise ConfigError(f"--reward-fn: {error}") from error
     r = (torch.tensor(scores, dtype=torch.float64) - reward.mean) / reward.std  # (K,)

@@ -1,32 +1,35 @@
-"""Rewards over HTTP, validated: exactly one finite number per response, or an exception. A reward is never invented.
+"""Rewards over HTTP, validated: exactly one finite number per response, or an exception.
 
-What another try can cure (a refused or cut connection, a time-out, 408, 429, 502, 503, 504) is
-tried again, with growing pauses, until a total deadline; everything else ends the run at once.
-Scoring is a pure function of the text, so trying again is safe.
+A reward is never invented. What another try can cure (a refused or cut connection, a time-out,
+408, 429, 502, 503, 504) is tried again, with growing pauses, until a total deadline. Everything
+else ends the run at once. Scoring is a pure function of the text, so trying again is safe.
 """
 
 import http.client
 import json
-import math
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
+from reinforce.rm_reply import (
+    ServerInfo,
+    index_of,
+    message_of,
+    parse_info,
+    rewards_of,
+    truncated_of,
+)
 
 RETRIED = (408, 429, 502, 503, 504)
-REFUSED = (
-    400,
-    413,
-    422,
-    500,
-    507,
-)  # the server's word on a text: asking again would bring it again
+# the server's word on a text: asking again would bring it again
+REFUSED = (400, 413, 422, 500, 507)
 PROBE = "hello"
+MOST_PAUSE = 4.0  # seconds
+MOST_ASKED = 20.0  # seconds of a Retry-After
 
 
 class ForeignServiceError(RewardError):
@@ -34,7 +37,10 @@ class ForeignServiceError(RewardError):
 
 
 class RefusedError(RewardError):
-    """The server refuses a text; `index` is its number in the request, None if the server does not say which."""
+    """The server refuses a text.
+
+    `index` is its number in the request, None if the server does not say which.
+    """
 
     def __init__(self, message: str, index: int | None = None) -> None:
         """`message` is for the user."""
@@ -45,14 +51,15 @@ class RefusedError(RewardError):
         return type(self), (str(self), self.index)  # another rank's is raised here, too
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """What GET /info says; without one (another project's server), nothing is pinned."""
+def pause_before(tries: int, asked: float) -> float:
+    """Seconds until the next try: what the server asks for and up to half more, else growing ones.
 
-    model: str = "unknown"
-    fingerprint: str | None = None
-    max_texts: int = 64
-    max_body: int = 16 << 20  # bytes of one request
+    The jitter spreads clients that were all refused at once. The cap lets a run go on within 5 s
+    of a server's return.
+    """
+    if asked:
+        return min(MOST_ASKED, asked) * random.uniform(1.0, 1.5)
+    return min(MOST_PAUSE, 0.25 * 2.0 ** min(tries, 8)) * random.uniform(0.5, 1.0)
 
 
 class RewardClient:
@@ -77,6 +84,7 @@ class RewardClient:
         self._info: ServerInfo | None = None
         self._max_body = ServerInfo.max_body
         self._requests = 0
+        self.truncated = 0  # texts that the server has cut so far
 
     @property
     def fingerprint(self) -> str | None:
@@ -86,8 +94,8 @@ class RewardClient:
     def connect(self, wait: float = 0.0) -> ServerInfo:
         """Find the server within `wait` seconds (0: one try) and pin its fingerprint.
 
-        Raises ConfigError if nobody answers and wait is 0, or a foreign service does; RetryError
-        after a wait in vain.
+        Raises ConfigError if nobody answers and wait is 0, or a foreign service does. Raises
+        RetryError after a wait in vain.
         """
         end, said = time.monotonic() + wait, time.monotonic()
         while True:
@@ -103,8 +111,8 @@ class RewardClient:
             except TryAgainError as error:
                 if wait <= 0:
                     raise ConfigError(
-                        f"--rm-host/--rm-port: no reward server at {self.url} ({error}); start one with serve_rm.py, "
-                        "or give it time with --rm-wait SECONDS"
+                        f"--rm-host/--rm-port: no reward server at {self.url} ({error}); "
+                        "start one with serve_rm.py, or give it time with --rm-wait SECONDS"
                     ) from error
                 if time.monotonic() > end:
                     raise RetryError(
@@ -128,10 +136,10 @@ class RewardClient:
         finished: Sequence[bool] | None = None,
         completions: Sequence[str] | None = None,
     ) -> list[float]:
-        """One reward per text, in order; requests are split to the server's limit. Raises RewardError or RetryError.
+        """One reward per text, in order; requests are split to the server's limits.
 
-        Exactly one of `query` (prompt and response as one text) and `messages` (the last one is the
-        response).
+        Exactly one of `query` (prompt and response as one text) and `messages` (the last one is
+        the response). Raises RewardError or RetryError.
         """
         if (query is None) == (messages is None):
             raise ValueError("exactly one of query and messages")
@@ -159,7 +167,10 @@ class RewardClient:
         return rewards
 
     def _split(self, columns: dict[str, list[Any]], start: int) -> list[float]:
-        """Rewards of a part of a request, whose first text has the number `start`, in requests as long as the server takes."""
+        """Rewards of a part of a request, split into as many as the server's `max_body` asks for.
+
+        The number of the part's first text is `start`.
+        """
         count, most = len(next(iter(columns.values()))), self._max_body
         size = len(json.dumps(columns)) + 100  # and an id
         if size > most and count == 1:
@@ -189,17 +200,17 @@ class RewardClient:
                     self._call("POST", "/get_reward", request, end), request_id, expected
                 )
             except TryAgainError as error:
-                pause = min(
-                    30.0, error.pause or min(30.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
-                )
+                pause = pause_before(tries, error.pause)
                 tries += 1
                 if self.stopped():
                     raise RetryError(
                         f"stopped while reward server {self.url} gave no usable answer ({error})"
                     ) from error
                 if time.monotonic() + pause > end:
-                    reason = f"reward server {self.url} gave no usable answer within {self._deadline:g} s ({error})"
-                    raise RetryError(reason) from error
+                    raise RetryError(
+                        f"reward server {self.url} gave no usable answer "
+                        f"within {self._deadline:g} s ({error})"
+                    ) from error
                 time.sleep(pause)
 
     def _handshake(self) -> ServerInfo:
@@ -214,7 +225,7 @@ class RewardClient:
                     f"reward server {self.url} wants a token: set RM_TOKEN or RM_TOKEN_FILE"
                 )
             if status == 200 and kind == "application/json":
-                info = _parse_info(reply.body)
+                info = parse_info(reply.body)
                 if info is not None:
                     return self._pin(info)
             return self._probe(status, kind, end)
@@ -222,7 +233,7 @@ class RewardClient:
             raise ForeignServiceError(f"it does not speak HTTP: {error!r}") from error
 
     def _probe(self, status: int, kind: str, end: float) -> ServerInfo:
-        """No /info: another project's reward server answers a probe text, anything else does not."""
+        """No /info: another project's reward server answers a probe text, anything else not."""
         foreign = f"/info answered {status} {ascii(kind[:60])[1:-1] or 'without a type'}"
         if self._fingerprint is not None:
             raise ConfigError(
@@ -252,20 +263,21 @@ class RewardClient:
         return info
 
     def _check_same_model(self, limit: float) -> None:
-        """Behind a new connection there may be a restarted server: it must serve the model that it served before."""
+        """Behind a new connection there may be a restarted server, with another model."""
         if self._info is None or self._info.fingerprint is None:
             return
         reply = self._exchange("GET", "/info", None, limit)
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
         info = (
-            _parse_info(reply.body)
+            parse_info(reply.body)
             if reply.status == 200 and reply.kind == "application/json"
             else None
         )
         if info is None:
             raise RewardError(
-                f"reward server {self.url} no longer shows which model it serves (/info: HTTP {reply.status})"
+                f"reward server {self.url} no longer shows which model it serves "
+                f"(/info: HTTP {reply.status})"
             )
         self._pin(info)
 
@@ -278,10 +290,10 @@ class RewardClient:
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
         if reply.status != 200:
-            said = f"{self.url}{path} answered HTTP {reply.status}: {_words_of(reply.body)}"
+            said = f"{self.url}{path} answered HTTP {reply.status}: {message_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":
                 texts = payload.get("query") or payload.get("messages") or []
-                raise RefusedError(said, _index_of(reply.body, len(texts)))
+                raise RefusedError(said, index_of(reply.body, len(texts)))
             raise RewardError(said)
         if reply.kind != "application/json":
             raise RewardError(
@@ -300,55 +312,10 @@ class RewardClient:
 
     def _validate(self, reply: Any, request_id: str | None, expected: int) -> list[float]:
         """The rewards of a reply, if it is exactly what was asked for. Raises RewardError."""
-        rewards = reply.get("rewards") if isinstance(reply, dict) else None
-        if not isinstance(rewards, list) or len(rewards) != expected:
-            got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
-            raise RewardError(f"{self.url} answered {got} as rewards for {expected} texts")
-        if request_id is not None and reply.get("id") not in (None, request_id):
-            raise RewardError(
-                f"{self.url} answered another request: id {reply['id']!r:.80} instead of {request_id!r}"
-            )
-        shown = reply.get("fingerprint")
-        if self._fingerprint is not None and shown is not None and shown != self._fingerprint:
-            raise RewardError(
-                f"reward server {self.url} now serves another model ({shown!r:.80} instead of {self._fingerprint})"
-            )
-        for i, value in enumerate(rewards):
-            if (
-                type(value) not in (int, float)
-                or not -math.inf < value < math.inf
-                or abs(value) > sys.float_info.max
-            ):
-                raise RewardError(f"{self.url}: reward {i} is {value!r:.80}, not a finite number")
-        return [float(value) for value in rewards]
-
-
-def _index_of(body: bytes, count: int) -> int | None:
-    """The index that an error names, if it is one of the request's."""
-    try:
-        index = json.loads(body)["index"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return index if type(index) is int and 0 <= index < count else None
-
-
-def _words_of(body: bytes) -> str:
-    """The message of an error in one line, or whatever else the body begins with."""
-    try:
-        message = json.loads(body)["message"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        message = None
-    if not isinstance(message, str) or not message:
-        return f"{body[:200].decode('utf-8', 'replace')!r}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])
-
-
-def _parse_info(body: bytes) -> ServerInfo | None:
-    try:
-        info = json.loads(body)
-        texts, size = info["max_texts"], info.get("max_body", ServerInfo.max_body)
-        if not all(type(limit) is int and limit > 0 for limit in (texts, size)):
-            return None
-        return ServerInfo(str(info["model"]), str(info["fingerprint"]), texts, size)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        rewards = rewards_of(reply, self.url, expected, request_id, self._fingerprint)
+        cut = truncated_of(reply)
+        if cut and not self.truncated:
+            warning = f"reward server {self.url} cuts texts that are longer than its --max-length"
+            print(warning, file=sys.stderr, flush=True)
+        self.truncated += cut
+        return rewards

@@ -20,7 +20,10 @@ MAX_REPLY = 64 << 20  # bytes
 
 
 def read_token() -> str | None:
-    """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE; never from a command line, which every user can read."""
+    """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE.
+
+    Never from a command line, which every user of the machine can read.
+    """
     path = os.environ.get("RM_TOKEN_FILE")
     if not path:
         return (
@@ -41,7 +44,8 @@ def _checked_token(token: str, where: str) -> str:
     """The token, if it can be sent in a header. Raises ConfigError, which does not repeat it."""
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(
-            f"{where}: a token must be one line of visible ASCII characters, without spaces, and not empty"
+            f"{where}: a token must be one line of visible ASCII characters, without spaces, "
+            "and not empty"
         )
     return token
 
@@ -70,7 +74,10 @@ class Reply:
 
 
 class _DeadlineSocket(socket.socket):
-    """Every call ends at one instant, `limit`, however many calls there are: a time-out alone would start anew with each byte."""
+    """Every call ends at one instant, `limit`, however many calls there are.
+
+    A time-out alone would start anew with each byte.
+    """
 
     limit = 0.0  # a time.monotonic()
 
@@ -95,7 +102,10 @@ class Connection:
     def __init__(
         self, host: str, port: int, token: str | None, before_post: Callable[[float], None]
     ) -> None:
-        """`before_post(limit)` is called before a body goes out on a new connection, behind which may be another server."""
+        """`before_post(limit)` is called before a body goes out on a new connection.
+
+        Another server may be behind it.
+        """
         self.url = f"http://{host}:{port}"
         self._address, self._token, self._before_post = (host, port), token, before_post
         self._connection: http.client.HTTPConnection | None = None

@@ -23,10 +23,9 @@ from reinforce.serving.reward import numbers_of
 def cold():
     """A server that is not warm yet, in this process."""
     server = RewardServer(("127.0.0.1", 0))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server.start()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 def talk(port, data, wait=3.0):
@@ -41,7 +40,7 @@ def talk(port, data, wait=3.0):
 
 
 def post(body, path=b"/get_reward", extra=b""):
-    return b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s" % (
+    return b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s" % (
         path,
         len(body),
         extra,
@@ -51,7 +50,7 @@ def post(body, path=b"/get_reward", extra=b""):
 
 def test_a_body_that_is_answered_unread_is_never_run_as_the_next_request(cold):
     """503 before the server is warm, 404, 405, 415: the smuggled request stands in the body."""
-    inner = b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n"
+    inner = b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for request in (
         post(inner),
         post(inner, b"/nowhere"),
@@ -68,7 +67,9 @@ def test_a_connection_is_kept_where_the_body_was_read_to_its_end_and_closed_wher
     assert got.count(b"HTTP/1.1 503") == 2 and b"Connection: close" not in got
     late = talk(cold.server_port, post(b"{}")[:-2] + post(b"{}"), wait=2.5)
     assert b"HTTP/1.1 503" in late
-    chunked = b"POST /get_reward HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /info HTTP/1.1\r\n\r\n"
+    chunked = (
+        b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /info HTTP/1.1\r\n\r\n"
+    )
     got = talk(cold.server_port, chunked, wait=0.7)
     assert got.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in got
 
@@ -203,7 +204,7 @@ def test_the_kind_of_authorization_is_read_in_any_case(cold):
         (b"basic OnMzY3JldA==", b"503"),
         (b"bearer other", b"401"),
     ):
-        got = talk(cold.server_port, b"GET /info HTTP/1.1\r\nHost: x\r\nAuthorization: %s\r\n\r\n" % header, wait=0.5)
+        got = talk(cold.server_port, b"GET /info HTTP/1.1\r\nHost: localhost\r\nAuthorization: %s\r\n\r\n" % header, wait=0.5)
         assert got.startswith(b"HTTP/1.1 " + status), got
 
 

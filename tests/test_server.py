@@ -127,7 +127,9 @@ def test_requests_of_another_shape_get_their_status(model_server, payload, statu
     got, reply = call(model_server, "POST", "/get_reward", payload)
     assert got == status, reply
     assert set(reply) == (
-        {"rewards", "scores", "extra_logs", "id", "model", "fingerprint"} if status == 200 else {"error", "message", "index"}
+        {"rewards", "scores", "extra_logs", "id", "model", "fingerprint", "truncated"}
+        if status == 200
+        else {"error", "message", "index"}
     )
 
 
@@ -151,13 +153,13 @@ def test_paths_methods_and_types_that_do_not_exist(model_server):
     b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
 ])  # fmt: skip
 def test_ambiguous_framing_is_refused_and_nothing_after_it_runs(model_server, framing):
-    head = b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + framing + b"\r\n"
-    reply = raw(model_server, head + b"0\r\n\r\nGET /info HTTP/1.1\r\nHost: x\r\n\r\n")
+    head = b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + framing + b"\r\n"
+    reply = raw(model_server, head + b"0\r\n\r\nGET /info HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 411") and b"fingerprint" not in reply and reply.count(b"HTTP/1.1") == 1
 
 
 def test_a_body_over_the_cap_gets_its_answer(model_server):
-    head = b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 20000000\r\n\r\n"
+    head = b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20000000\r\n\r\n"
     with socket.create_connection(model_server, timeout=10) as s:
         s.sendall(head + b" " * 100_000)
         assert s.recv(100).startswith(b"HTTP/1.1 413")
@@ -235,7 +237,7 @@ def test_a_port_in_use_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize(("flags", "reason"), [
     (["--reward-fn", "nowhere.py:f"], "no file"), (["--reward-fn", "train.py:nothing"], "no function"),
-    (["--reward-model", "a", "--reward-fn", "b:c"], "give one"), (["--reward-std", "0"], "positive"), (["--prot", "1"], "--help"),
+    (["--reward-model", "a", "--reward-fn", "b:c"], "give one"), (["--reward-std", "0"], "positive"), (["--prot", "1"], "did you mean --port?"),
     (["--reward-model", "./nowhere"], "--reward-model ./nowhere"), (["--device", "cuda"], "GPU"),
 ])  # fmt: skip
 def test_bad_server_flags_are_one_sentence_and_exit_code_2(flags, reason, small, monkeypatch):

@@ -1,138 +1,122 @@
-"""Many small requests -> few forward passes: one worker thread owns the model.
+"""Many small requests -> few forward passes. One thread, the one that calls `run`, owns the model.
 
-A request waits at most 2 ms for company. Its items are scored sorted by size, `batch_size` at a time; they come back in its
-own order. What goes wrong for one request is that request's error alone.
+It takes the texts that are there, whosever they are; while a forward runs the next one gathers by
+itself. What goes wrong for one request is that request's error alone.
 """
 
-import math
 import os
 import queue
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from reinforce.serving.forward import Forward
+from reinforce.serving.line import Line, Request, Taken, nobody_left
 
-LINGER = 0.002  # seconds to wait for more requests
-
-
-class NotFiniteError(Exception):
-    """The model gave NaN or infinity for an item of this request."""
+MOST_TEXTS = 8192  # in the line
+LINGER = 0.01  # seconds, at most a quarter of the last forward: for those who were just here
 
 
-@dataclass
-class _Request:
-    items: Sequence[Any]
-    deadline: float
-    future: "Future[list[float]]" = field(default_factory=Future)
+class LateError(Exception):
+    """The deadline of this request has passed."""
 
 
 class Batcher:
-    """`score(items) -> floats` behind a bounded queue."""
+    """`score(items) -> floats` behind a bounded line."""
 
     def __init__(
         self,
         score: Callable[[list[Any]], list[float]],
         size: Callable[[Any], int],
         batch_size: int,
-        queue_size: int = 256,
+        most_texts: int = MOST_TEXTS,
     ) -> None:
-        """`size(item)` orders the items of a batch, so that short ones are not padded to long ones."""
-        self._score, self._size, self._batch_size = score, size, batch_size
-        self._queue: queue.Queue[_Request] = queue.Queue(queue_size)
-        self.beat = time.monotonic()
-        self.forwards = self.scored = 0
-        self.busy = False
-        threading.Thread(target=self._run, daemon=True, name="batcher").start()
+        """Items of a like `size(item)` go together: short ones are not padded to long ones."""
+        self._forward, self._size = Forward(score), size
+        self._batch_size, self._most_texts = batch_size, most_texts
+        self._line, self._news, self._stopping = Line(), threading.Condition(), False
+        self._wanted, self._company = 1, 1  # requests to wake up for; requests of the last forward
+        self._started: float | None = None
+        self._ended = 0.0
+        self.counts = self._forward.counts
 
-    def submit(self, items: Sequence[Any], deadline: float) -> "Future[list[float]]":
-        """Queue one request; `deadline` is a time.monotonic() after which it is dropped. Raises queue.Full."""
-        request = _Request(items, deadline)
-        self._queue.put_nowait(request)
+    @property
+    def waiting(self) -> int:
+        """Texts in the line."""
+        return self._line.texts
+
+    def forward_for(self) -> float:
+        """Seconds since the present forward began; 0 between two."""
+        started = self._started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def expected_wait(self) -> float:
+        """Seconds until the texts that wait are scored, as fast as those before them."""
+        return self.waiting * self.counts.forward_seconds / max(1, self.counts.texts)
+
+    def submit(
+        self, items: Sequence[Any], deadline: float, gone: Callable[[], bool] = nobody_left
+    ) -> "Future[list[float]]":
+        """Queue a request, whole or not at all: raises queue.Full.
+
+        Texts are dropped after `deadline`, a time.monotonic(), once `gone()` is true, or when the
+        future is cancelled.
+        """
+        sizes = [self._size(item) for item in items]
+        request = Request(items, sizes, deadline, time.monotonic(), gone)
+        with self._news:
+            if self._line.texts and self._line.texts + len(items) > self._most_texts:
+                raise queue.Full
+            self._line.join(request)
+            if self._enough():
+                self._news.notify()
         return request.future
 
-    def _run(self) -> None:
+    def stop(self) -> None:
+        """Let `run` return after the present forward."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+
+    def run(self) -> None:
+        """Score until `stop`; anything but an error of a request ends the process with code 70."""
         try:
-            while True:
-                self.beat = time.monotonic()
-                self.busy = not self._queue.empty()
-                try:
-                    batch = [self._queue.get(timeout=1.0)]
-                except queue.Empty:
-                    continue
-                self.busy = True
-                self._collect(batch)
-                self._serve(
-                    [
-                        r
-                        for r in batch
-                        if r.deadline > time.monotonic() and r.future.set_running_or_notify_cancel()
-                    ]
-                )
+            while batch := self._next():
+                self._started = time.monotonic()
+                self._forward(batch)
+                self._ended, self._started = time.monotonic(), None
         except BaseException:
             traceback.print_exc()
-            os._exit(
-                70
-            )  # without its worker the server would accept requests for ever and answer none
+            os._exit(70)  # without its worker the server would accept requests and answer none
 
-    def _collect(self, batch: list[_Request]) -> None:
-        end = time.monotonic() + LINGER
-        while sum(len(r.items) for r in batch) < self._batch_size:
-            try:
-                batch.append(self._queue.get(timeout=max(0.0, end - time.monotonic())))
-            except queue.Empty:
-                return
+    def _enough(self) -> bool:
+        return len(self._line) >= self._wanted or self._line.texts >= self._batch_size
 
-    def _serve(self, batch: list[_Request]) -> None:
-        """Score all items of the requests together; if that fails, each request alone, so that only the guilty one fails."""
-        try:
-            scores = self._ordered([item for r in batch for item in r.items])
-        except Exception as error:
-            if len(batch) > 1:
-                for request in batch:
-                    self._serve([request])
-                return
-            if not isinstance(error, torch.OutOfMemoryError):
-                print(
-                    "".join(traceback.format_exception(error)).encode("unicode_escape").decode(),
-                    file=sys.stderr,
-                )
-            for request in batch:
-                request.future.set_exception(error)
-            return
-        for request in batch:
-            own, scores = scores[: len(request.items)], scores[len(request.items) :]
-            if all(math.isfinite(s) for s in own):
-                request.future.set_result(own)
-            else:
-                request.future.set_exception(NotFiniteError())
+    def _next(self) -> Taken:
+        """The texts of the next forward; none after `stop`."""
+        with self._news:
+            present = len(self._line) + self._company  # who was here during the last forward
+            self._wanted, end = present, self._ended + min(LINGER, self._forward.lasted / 4)
+            while (
+                not self._stopping and not self._enough() and (left := end - time.monotonic()) > 0
+            ):
+                self._news.wait(left)
+            self._wanted = 1
+            while not self._stopping:
+                self._drop()
+                if self._line.texts:
+                    batch = self._line.take(self._batch_size)
+                    self._company = len({request for request, _ in batch if not request.left})
+                    return batch
+                self._news.wait()
+            return []
 
-    def _ordered(self, items: list[Any]) -> list[float]:
-        order = sorted(range(len(items)), key=lambda i: self._size(items[i]))
-        scores = [math.nan] * len(items)
-        for start in range(0, len(order), self._batch_size):
-            part = order[start : start + self._batch_size]
-            for i, value in zip(part, self._forward([items[i] for i in part]), strict=True):
-                scores[i] = value
-        return scores
-
-    def _forward(self, items: list[Any]) -> list[float]:
-        """Scores of the items; out of memory halves the batch until a single item does not fit."""
-        try:
-            self.forwards += 1
-            scores = self._score(items)
-        except torch.OutOfMemoryError:
-            if len(items) == 1:
-                raise
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            middle = len(items) // 2
-            return self._forward(items[:middle]) + self._forward(items[middle:])
-        self.scored += len(items)
-        self.beat = time.monotonic()
-        return scores
+    def _drop(self) -> None:
+        """Whoever has left, or is too late, costs no forward."""
+        now = time.monotonic()
+        for request in self._line.leave(lambda request: request.dead(now)):
+            self.counts.dropped += len(request.left)
+            request.fail(LateError())

@@ -1,23 +1,32 @@
 """The four routes: POST /get_reward, GET /health, /info and /metrics."""
 
+import asyncio
 import math
 import queue
-import threading
 import time
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from reinforce.serving.batcher import Batcher, NotFiniteError
+from reinforce.serving.batcher import Batcher, LateError
+from reinforce.serving.body import MAX_BODY
+from reinforce.serving.connection import ANSWER_SECONDS, late
+from reinforce.serving.forward import NotFiniteError
 from reinforce.serving.function import FunctionError
-from reinforce.serving.http import MAX_BODY, Handler, HttpError, Server, json_body
-from reinforce.serving.protocol import parse_request
+from reinforce.serving.http import HttpError, Reply, Request, json_body
+from reinforce.serving.items import read
+from reinforce.serving.metrics import metrics
 from reinforce.serving.reward import Reward
+from reinforce.serving.server import Server
 
-ANSWER_SECONDS = 50.0  # below the client's 60 s a try
-STALE_SECONDS = 60.0  # a worker silent for longer is taken for dead
+ROUTES = {"/health": "GET", "/info": "GET", "/metrics": "GET", "/get_reward": "POST"}
+STALE_SECONDS = 60.0  # a forward that takes longer is taken for dead
+MAX_IN_FLIGHT = 2048  # requests; fewer than connections, so that /health always has one
+READERS = 4  # threads that turn bodies into items
+SMALL = 4 << 10  # bytes of a body that is not worth another thread
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,16 @@ class Service:
     batcher: Batcher
     clip: float | None
     advised_texts: int  # of one request, so that a slow model answers in time
+    max_body: int = MAX_BODY
+
+    def rewards(self, scores: list[float]) -> list[float]:
+        """Scores standardised and clipped. Raises HttpError 500 where one is not finite."""
+        rewards = [(score - self.reward.mean) / self.reward.std for score in scores]
+        if self.clip is not None:
+            rewards = [max(-self.clip, min(self.clip, reward)) for reward in rewards]
+        if not all(map(math.isfinite, rewards)):  # a tiny --reward-std makes them so
+            raise HttpError(500, "non_finite", "a reward is NaN or infinite")
+        return rewards
 
 
 class RewardServer(Server):
@@ -35,127 +54,101 @@ class RewardServer(Server):
 
     def __init__(self, address: tuple[str, int]) -> None:
         """Binds at once: a port in use raises OSError."""
-        self.service: Service | None = None
-        self.draining = False
-        self._counts: dict[int, int] = {}  # requests by status
-        self._lock = threading.Lock()
-        super().__init__(address, RewardHandler)
+        super().__init__(address)
+        self._service: Service | None = None
+        self._in_flight = 0
+        self._readers = ThreadPoolExecutor(READERS, "reader")
 
-    def count(self, status: int) -> None:
-        """One request was answered."""
-        with self._lock:
-            self._counts[status] = self._counts.get(status, 0) + 1
+    @property
+    def service(self) -> Service | None:
+        """What it answers with; None until it is warm."""
+        return self._service
 
-    def counts(self) -> list[tuple[int, int]]:
-        """Requests by status so far."""
-        with self._lock:
-            return sorted(self._counts.items())
+    @service.setter
+    def service(self, service: Service) -> None:
+        self._service, self.max_body = service, service.max_body
 
-
-class RewardHandler(Handler):
-    """The four routes."""
-
-    server: RewardServer
-
-    def route(self, method: str, path: str) -> tuple[int, str, bytes]:
-        """Answer one request, counted by its status."""
-        status = 500
-        try:
-            answer = self._route(method, path)
-            status = answer[0]
-            return answer
-        except HttpError as error:
-            status = error.status
-            raise
-        finally:
-            self.server.count(status)
-
-    def _route(self, method: str, path: str) -> tuple[int, str, bytes]:
-        routes = {"/health": "GET", "/info": "GET", "/metrics": "GET", "/get_reward": "POST"}
-        if path not in routes:
+    def route(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        """Answer one of the four. Raises HttpError."""
+        path, service = request.head.path, self._service
+        if path not in ROUTES:
             raise HttpError(404, "not_found", "try /get_reward, /health, /info or /metrics")
-        if method != routes[path]:
-            raise HttpError(405, "method_not_allowed", f"{path} takes {routes[path]}")
-        service = self.server.service
+        if request.head.method != ROUTES[path]:
+            raise HttpError(405, "method_not_allowed", f"{path} takes {ROUTES[path]}")
         if service is None:
             raise HttpError(503, "not_ready")
         if path == "/metrics":
-            return 200, "text/plain; version=0.0.4", self._metrics(service)
-        if path == "/get_reward":
-            return 200, "application/json", self._get_reward(service)
-        if self.server.draining or time.monotonic() - service.batcher.beat >= STALE_SECONDS:
+            return Reply(metrics(self, service.batcher), kind="text/plain; version=0.0.4")
+        if self.draining or service.batcher.forward_for() > STALE_SECONDS:
             raise HttpError(503, "not_ready")
         if path == "/health":
-            return 200, "application/json", json_body({"status": "ok"})
-        reward = service.reward
-        info = {
-            "model": reward.model,
-            "fingerprint": reward.fingerprint,
-            "max_texts": service.advised_texts,
-            "max_length": reward.max_length,
-            "max_body": MAX_BODY,
-            "reward_mean": reward.mean,
-            "reward_std": reward.std,
-            "reward_clip": service.clip,
-        }
-        return 200, "application/json", json_body(info)
+            return Reply(json_body({"status": "ok"}))
+        if path == "/info":
+            return Reply(json_body(_info(service)))
+        if self._in_flight >= MAX_IN_FLIGHT:
+            raise _busy(service.batcher)
+        return self._get_reward(service, request)
 
-    def _get_reward(self, service: Service) -> bytes:
-        deadline = time.monotonic() + ANSWER_SECONDS
-        request, reward, clip = self.read_json(), service.reward, service.clip
-        items = []
-        for index, text in enumerate(parse_request(request)):
-            try:
-                items.append(reward.encode(text))
-            except Exception as error:
-                reason = (
-                    str(error) if isinstance(error, ValueError) else "the text cannot be encoded"
-                )
-                raise HttpError(422, "bad_text", reason, index) from error
-        scores = self._scores(service.batcher, items, deadline) if items else []
-        rewards = [(s - reward.mean) / reward.std for s in scores]
-        if clip is not None:
-            rewards = [max(-clip, min(clip, r)) for r in rewards]
-        if not all(map(math.isfinite, rewards)):  # a tiny --reward-std makes them so
-            raise HttpError(500, "non_finite", "a reward is NaN or infinite")
+    async def _get_reward(self, service: Service, request: Request) -> Reply:
+        self._in_flight += 1
+        try:
+            return Reply(await self._scored(service, request, time.monotonic() + ANSWER_SECONDS))
+        except HttpError as error:
+            return error.reply()
+        except queue.Full:
+            return _busy(service.batcher).reply()
+        except LateError:
+            return late()
+        except NotFiniteError:
+            reason = "the reward model gave NaN or infinity"
+            return HttpError(500, "non_finite", reason).reply()
+        except torch.OutOfMemoryError:
+            reason = "one text alone does not fit the device"
+            return HttpError(507, "out_of_memory", reason).reply()
+        except FunctionError as error:
+            return HttpError(500, "failed", str(error)).reply()
+        except Exception:
+            return HttpError(500, "failed", "the reward model failed; see the server's log").reply()
+        finally:
+            self._in_flight -= 1
+
+    async def _scored(self, service: Service, request: Request, deadline: float) -> bytes:
+        reward = service.reward
+        if len(request.body) <= SMALL:
+            asked = read(reward, request)
+        else:
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(self._readers, read, reward, request)
+        scores: list[float] = []
+        if asked.items:
+            future = service.batcher.submit(asked.items, deadline, request.gone)
+            scores = await asyncio.wrap_future(future)
         reply = {
-            "rewards": rewards,
+            "rewards": service.rewards(scores),
             "scores": scores,
             "extra_logs": {},
-            "id": request.get("id"),
+            "id": asked.id,
             "model": reward.model,
             "fingerprint": reward.fingerprint,
+            "truncated": asked.truncated,
         }
         return json_body(reply)
 
-    def _scores(self, batcher: Batcher, items: list[Any], deadline: float) -> list[float]:
-        if self.server.draining:
-            raise HttpError(503, "draining")
-        try:
-            return batcher.submit(items, deadline).result(
-                timeout=max(0.0, deadline - time.monotonic())
-            )
-        except queue.Full as error:
-            raise HttpError(429, "busy", "the queue is full") from error
-        except FutureTimeoutError as error:
-            raise HttpError(504, "deadline", f"no score within {ANSWER_SECONDS:g} s") from error
-        except NotFiniteError as error:
-            raise HttpError(500, "non_finite", "the reward model gave NaN or infinity") from error
-        except torch.OutOfMemoryError as error:
-            raise HttpError(
-                507, "out_of_memory", "one text alone does not fit the device"
-            ) from error
-        except FunctionError as error:
-            raise HttpError(500, "failed", str(error)) from error
-        except Exception as error:
-            raise HttpError(
-                500, "failed", "the reward model failed; see the server's log"
-            ) from error
 
-    def _metrics(self, service: Service) -> bytes:
-        lines = [f'rm_requests_total{{code="{code}"}} {n}' for code, n in self.server.counts()]
-        lines += [
-            f"rm_forwards_total {service.batcher.forwards}",
-            f"rm_texts_total {service.batcher.scored}",
-        ]
-        return ("# TYPE rm_requests_total counter\n" + "\n".join(lines) + "\n").encode()
+def _busy(batcher: Batcher) -> HttpError:
+    after = max(1, min(10, math.ceil(batcher.expected_wait())))
+    return HttpError(429, "busy", "too many texts wait for their score", after=after)
+
+
+def _info(service: Service) -> dict[str, Any]:
+    reward = service.reward
+    return {
+        "model": reward.model,
+        "fingerprint": reward.fingerprint,
+        "max_texts": service.advised_texts,
+        "max_length": reward.max_length,
+        "max_body": service.max_body,
+        "reward_mean": reward.mean,
+        "reward_std": reward.std,
+        "reward_clip": service.clip,
+    }

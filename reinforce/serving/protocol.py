@@ -29,7 +29,7 @@ class Text:
 
 
 def parse_request(request: Any) -> list[Text]:
-    """The texts of a request. Raises HttpError 400 for a wrong shape, 413 for too many, 422 for a text that is no text."""
+    """The texts of a request. Raises HttpError 400 (shape), 413 (too many), 422 (no text)."""
     if not isinstance(request, dict) or ("query" in request) == ("messages" in request):
         raise HttpError(400, "bad_request", 'an object with exactly one of "query" and "messages"')
     key = "query" if "query" in request else "messages"

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from reinforce import device as devices
 from reinforce.serving.config import ServeConfig
+from reinforce.serving.cut import last_tokens
 from reinforce.serving.function import FunctionError, load_function
 from reinforce.serving.protocol import Text
 from reinforce.serving.reward_model import (
@@ -25,9 +26,12 @@ from reinforce.serving.reward_model import (
 
 @dataclass(frozen=True)
 class Reward:
-    """What is served: how a text becomes an item, how items become scores, and what /info tells."""
+    """What is served: how a text becomes an item, how items become scores, and what /info tells.
 
-    encode: Callable[["Text"], Any]
+    `encode` tells as well whether the text was cut.
+    """
+
+    encode: Callable[["Text"], tuple[Any, bool]]
     score: Callable[[list[Any]], list[float]]
     size: Callable[[Any], int]
     example: Any  # scored once before the server calls itself ready; None: nothing to warm up
@@ -49,17 +53,16 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     )
     lock = threading.Lock()  # a fast tokenizer is not safe to share between threads
 
-    def encode(text: Text) -> list[int]:
+    def ids_of(text: Text) -> list[int]:
         if text.messages is not None and tokenizer.chat_template is None:
             raise ValueError("messages, but the reward model has no chat template")
         with lock:
             if text.messages is None:
-                ids = query_ids(tokenizer, cast(str, text.query))
-            else:
-                ids = messages_ids(tokenizer, text.messages, text.finished, config.date)
-        if not ids:
-            raise ValueError("an empty text")
-        return ids[-longest:]  # the response is at the end
+                return query_ids(tokenizer, cast(str, text.query))
+            return messages_ids(tokenizer, text.messages, text.finished, config.date)
+
+    def encode(text: Text) -> tuple[list[int], bool]:
+        return last_tokens(text, longest, ids_of)
 
     @torch.inference_mode()
     def run(items: list[list[int]]) -> list[float]:
@@ -84,14 +87,14 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
     function = load_function(spec)
     named = function.named
 
-    def encode(text: Text) -> tuple[str, str, Any]:
+    def encode(text: Text) -> tuple[tuple[str, str, Any], bool]:
         if text.completion is not None:
             completion = text.completion
         elif text.messages is not None:
             completion = text.messages[-1]["content"]
         else:
             completion = cast(str, text.query).removeprefix(text.prompt or "")
-        return text.prompt or "", completion, text.label
+        return (text.prompt or "", completion, text.label), False
 
     def run(items: list[tuple[str, str, Any]]) -> list[float]:
         prompts, completions, labels = (list(column) for column in zip(*items, strict=True))
@@ -104,11 +107,13 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
 
 def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
-    """What a reward function returned, if it is one number for each completion: a list, tuple, array or 1-D tensor of them."""
+    """What a reward function returned, if it is one number for each completion.
+
+    A list, tuple, array or 1-D tensor of them. Raises FunctionError.
+    """
     values = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(
-        values, (list, tuple)
-    ):  # of a dict the keys, of a string the digits would become rewards
+    # of a dict the keys, of a string the digits would become rewards
+    if not isinstance(values, (list, tuple)):
         raise FunctionError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
     if len(values) != count:
         raise FunctionError(f"{spec} returned {len(values)} scores for {count} completions")
@@ -120,7 +125,10 @@ def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
 
 
 def load_reward(config: ServeConfig) -> Reward:
-    """What the flags ask for; its fingerprint covers all that changes a reward. Raises ConfigError."""
+    """What the flags ask for. Raises ConfigError.
+
+    Its fingerprint covers all that changes a reward.
+    """
     if config.reward_fn is not None:
         reward = function_reward(config, config.reward_fn)
     else:

@@ -1,0 +1,53 @@
+"""The last tokens of a text, at a cost that the text cannot choose.
+
+A tokenizer takes seconds for a million tokens, of which a model reads the last few thousand. So the
+text is cut first, to as many characters as its last tokens may need; where they needed more, more
+are taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from reinforce.serving.protocol import Text
+
+CHARACTERS = 16  # a token, at first
+
+
+def last_tokens(
+    text: Text, longest: int, ids_of: Callable[[Text], list[int]]
+) -> tuple[list[int], bool]:
+    """Ids of the last `longest` tokens, and whether there were more. Raises ValueError for none.
+
+    The beginning is cut since the response is at the end.
+    """
+    most = CHARACTERS * longest
+    while True:
+        part = last_characters(text, most)
+        ids = ids_of(part)
+        if len(ids) > longest:
+            return ids[-longest:], True
+        if part is text:
+            break
+        most *= 4
+    if not ids:
+        raise ValueError("an empty text")
+    return ids, False
+
+
+def last_characters(text: Text, most: int) -> Text:
+    """The text itself if it has at most so many characters, else one that has lost its beginning.
+
+    >>> last_characters(Text("a long query", None, None, None, None, True), 5).query
+    'query'
+    """
+    if text.messages is None:
+        query = text.query or ""
+        return text if len(query) <= most else replace(text, query=query[-most:])
+    if sum(len(message["content"]) for message in text.messages) <= most:
+        return text
+    messages = []
+    for message in reversed(text.messages):
+        content = message["content"]
+        messages.append({**message, "content": content[max(0, len(content) - most) :]})
+        most = max(0, most - len(content))
+    return replace(text, messages=messages[::-1])
