@@ -1,4 +1,4 @@
-"""Responses that the reward server refuses: which row it is, and how many of them a run may leave out.
+"""Responses that the reward server refuses: which they are, and how many a run may leave out.
 
 A refusal (400, 413, 422, 500, 507) is a word on one text, and asking again would bring it again. By
 default it ends the run. A row that is left out is treated as `--truncated drop` treats an
@@ -26,7 +26,8 @@ class RefusedRowError(RewardError):
     def __init__(self, row: Row) -> None:
         """`row` is what `refused_row` makes."""
         super().__init__(
-            f"prompt {row['index'] + 1}, {row['prompt'][-60:]!r}, {row['kind']} {row['response'][:60]!r}: {row['answer']}"
+            f"prompt {row['index'] + 1}, {row['prompt'][-60:]!r}, "
+            f"{row['kind']} {row['response'][:60]!r}: {row['answer']}"
         )
         self.row = row
 
@@ -48,7 +49,7 @@ class Refusals:
         return max(0, self.most - self.total)
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Count some more, of all ranks. Raises RefusedRowError with the first one beyond the most."""
+        """Count some more, of all ranks. Raises RefusedRowError with the first beyond the most."""
         if len(rows) > self.left:
             raise RefusedRowError(rows[self.left])
         self.total += len(rows)
@@ -58,7 +59,9 @@ class Refusals:
 def rewards_but_refused(
     client: RewardClient, request: dict[str, list[Any]], most: int
 ) -> tuple[list[float | None], dict[int, str]]:
-    """One reward for each text of the request, None for those that the server refuses, and its answers to these.
+    """One reward for each text of the request, and the answers to those that were refused.
+
+    The reward of a refused text is None.
 
     Raises RefusedError with the index of the first one beyond `most`.
     """

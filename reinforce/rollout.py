@@ -120,7 +120,7 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def distinct(prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The different prompts of some rows (U, S), -1 where padded, and each row's among them (B,)."""
+    """The different prompts of some rows, (U, S), -1 where padded; and each row's number, (B,)."""
     ids = prompt.masked_fill(~prompt_mask, -1)  # (B, S)
     unique, row = torch.unique(ids, dim=0, return_inverse=True)
     return unique, row

@@ -1,9 +1,9 @@
-"""A reward model: one scalar head on a Hugging Face backbone. Load it, score token ids, train it on preferences.
+"""A reward model: one scalar head on a Hugging Face backbone; loaded, and asked for its scores.
 
     P(chosen > rejected) = sigmoid(r(chosen) - r(rejected))
 
-See "Rank Analysis of Incomplete Block Designs", Bradley and Terry (1952) and "Training language models to follow
-instructions with human feedback", Ouyang et al. (2022, arXiv 2203.02155).
+See "Rank Analysis of Incomplete Block Designs", Bradley and Terry (1952) and "Training language
+models to follow instructions with human feedback", Ouyang et al. (2022, arXiv 2203.02155).
 """
 
 import functools
@@ -21,13 +21,13 @@ from reinforce.policy import OUT_OF_MEMORY, announce, first_line, load_tokenizer
 from reinforce.text import encode, render
 
 FLAG = "--reward-model"
-DAY = "2024-07-26"  # what a chat template that prints the day prints, so that no reward changes at midnight
+DAY = "2024-07-26"  # the day that a chat template prints: no reward changes at midnight
 
 
 def load_reward_model(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Any]:
-    """Model and tokenizer. Raises ConfigError, also where the checkpoint has no trained one-label head.
+    """Model and tokenizer. Raises ConfigError, also without a trained head of one label.
 
     transformers would fill a missing head with random numbers and warn: the run would learn noise.
     """
@@ -50,7 +50,8 @@ def load_reward_model(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(
-            f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); train one first"
+            f"{FLAG} {name}: no trained reward head in the checkpoint (missing {missing}); "
+            "train one first"
         )
     if model.config.num_labels != 1:
         raise ConfigError(
@@ -60,7 +61,10 @@ def load_reward_model(
 
 
 def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str) -> nn.Module:
-    """Any backbone, a causal language model say, with a new scalar head; float32, dropout off. Raises ConfigError."""
+    """Any backbone, a causal language model say, with a new scalar head; float32, dropout off.
+
+    Raises ConfigError.
+    """
     announce(name, flag)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -94,9 +98,12 @@ def _in_float32(forward: Callable[..., Tensor], states: Tensor, *rest: Any, **na
 
 
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Reward of each token sequence, (n,) float32. The head reads a sequence's last token, found by its length.
+    """Reward of each token sequence, (n,) float32.
 
-    (transformers looks for the last token that is not the pad token, so with pad = end token it reads the one before the end.)
+    The head reads a sequence's last token, found by its length.
+
+    (transformers looks for the last token that is not the pad token, so with pad = end token it
+    reads the one before the end.)
     """
     hf, device = cast(Any, model), next(model.parameters()).device
     length = torch.tensor([len(s) for s in sequences], device=device)  # (n,)
@@ -125,7 +132,10 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def query_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of prompt and response as one text: pad tokens stripped, no second begin token, no end token added."""
+    """Token ids of prompt and response as one text.
+
+    Pad tokens are stripped. There is no second begin token, and no end token is added.
+    """
     pad = tokenizer.pad_token
     if pad and pad in text and pad not in (tokenizer.eos_token, tokenizer.unk_token):
         text = text.replace(pad, "").strip()
@@ -135,7 +145,10 @@ def query_ids(tokenizer: Any, text: str) -> list[int]:
 def messages_ids(
     tokenizer: Any, messages: list[dict[str, str]], finished: bool, date: str = DAY
 ) -> list[int]:
-    """Token ids of a conversation whose last message is the response, in the model's own chat template; `date` as of `render`."""
+    """Token ids of a conversation whose last message is the response.
+
+    It is rendered in the model's own chat template; `date` is that of `render`.
+    """
     try:
         text = render(
             tokenizer, messages, "a conversation", date, continue_final_message=not finished
@@ -150,7 +163,7 @@ def messages_ids(
 
 
 def fingerprint(folder: str) -> str:
-    """sha256 over the files that decide what a reward model answers: weights, configuration, tokenizer."""
+    """sha256 over the files that decide a reward: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
