@@ -1,14 +1,20 @@
-"""Is a change of the code a change of the numbers? The same small runs on two checkouts, compared bit by bit.
+"""Does a change of the code change the numbers? Small runs on two checkouts, compared bit by bit.
 
-    python bench/replay.py BEFORE                    each a folder or a git revision; AFTER is this checkout by default
+    python bench/replay.py BEFORE
     python bench/replay.py BEFORE AFTER --cases rloo "two ranks, ddp"
 
-Each case is a run of train.py on the toy's policy against that checkout's own serve_rm.py with a
-plain reward function. Compared are the exit codes, every tensor of every checkpoint byte for byte,
-what both state.json have, and the lines of metrics.jsonl (without times, and without what only
-AFTER measures), rollouts.jsonl, validation.jsonl, nonfinite.jsonl and evaluation.jsonl. Not
-compared: identity.json, config.json, the screen. In the case "begun before" the first steps are
-BEFORE's on both sides, so the last ones tell whether its runs still go on.
+BEFORE and AFTER are folders or git revisions; AFTER is this checkout by default. Each case is a run
+of train.py on the toy's policy, against serve_rm.py of the same checkout with a plain reward
+function. Compared are:
+
+- the exit codes;
+- every tensor of every checkpoint, byte for byte;
+- the keys that both state.json have;
+- the lines of metrics.jsonl, without times and without keys that only AFTER has;
+- the lines of rollouts.jsonl, validation.jsonl, nonfinite.jsonl and evaluation.jsonl.
+
+Not compared are identity.json, config.json and the screen. In the case "begun before" BEFORE makes
+the first steps on both sides: the last ones show whether a run of BEFORE goes on with AFTER.
 """
 
 import argparse
@@ -37,14 +43,16 @@ REWARD = '''
 import os
 from pathlib import Path
 
-DEATH = os.environ.get("REPLAY_DEATH", "")  # "FILE N": the server dies in its N-th call, once; FILE then exists
+# "FILE N": the server dies in its N-th call, once; FILE then exists
+DEATH = os.environ.get("REPLAY_DEATH", "")
 calls = 0
 
 
 def variety(prompts, completions, labels):
     """Different words, less a tenth for each word."""
     global calls
-    calls += len(prompts) > 1  # not the one text that a run asks for before it begins
+    # the one text that a run asks for before it begins does not count
+    calls += len(prompts) > 1
     file, _, at = DEATH.rpartition(" ")
     if file and calls == int(at) and not Path(file).exists():
         Path(file).touch()
@@ -56,16 +64,18 @@ def variety(prompts, completions, labels):
 
 @dataclass(frozen=True)
 class Case:
-    """One run: flags of train.py beside the common ones, and what happens to it."""
+    """One run: flags of train.py beside the common ones, and the events of the run."""
 
     flags: str
     ranks: int = 1
-    stop_after: int | None = None  # steps of a first part; the rest is a resume
-    begun_before: bool = False  # that first part is BEFORE's on both sides
-    death: int | None = (
-        None  # the call in which the reward server dies; it is then started again for a resume
-    )
-    evaluate: bool = False  # recipes/evaluate.py follows
+    # steps of a first part; the rest is a resume
+    stop_after: int | None = None
+    # BEFORE makes the first part on both sides
+    begun_before: bool = False
+    # the call in which the reward server dies; it is started again for a resume
+    death: int | None = None
+    # recipes/evaluate.py follows
+    evaluate: bool = False
 
 
 CASES = {
@@ -84,16 +94,16 @@ CASES = {
     "drop, remax": Case("--baseline remax --truncated drop --max-new-tokens 7 --loss-norm length"),
     "drop all": Case("--truncated drop --max-new-tokens 4 --min-new-tokens 3"),
     "penalize": Case(
-        "--truncated penalize --missing-eos-penalty 0.5 --max-new-tokens 7 --kl abs --rollout-micro-batch-size 8"
+        "--truncated penalize --missing-eos-penalty 0.5 --max-new-tokens 7 --kl abs "
+        "--rollout-micro-batch-size 8"
     ),
     "one response a prompt": Case("--baseline remax --num-rollouts-per-prompt 1 --val-greedy"),
     "bf16": Case("--precision bf16 --gradient-checkpointing"),
     "not finite": Case("--lr 1e30"),
     "resume": Case("--baseline ema --save-interval 1", stop_after=2),
     "begun before": Case("--baseline ema --save-interval 1", stop_after=2, begun_before=True),
-    "server lost": Case(
-        "--baseline remax", death=5
-    ),  # two calls a step, and one validation before the first
+    # two calls a step, and one validation before the first step
+    "server lost": Case("--baseline remax", death=5),
     "server lost in a validation": Case("", death=4),
     "two ranks, ddp": Case(
         "--baseline remax --truncated drop --max-new-tokens 9 --num-rollout-samples 7", ranks=2
@@ -107,14 +117,14 @@ CASES = {
     ),
 }
 COMMON = (
-    "--max-new-tokens 24 --num-rollout-samples 6 --max-steps 4 --val-check-interval 2 --save-top-k 9 --device cpu "
-    "--precision fp32 --lr 2e-3"
+    "--max-new-tokens 24 --num-rollout-samples 6 --max-steps 4 --val-check-interval 2 "
+    "--save-top-k 9 --device cpu --precision fp32 --lr 2e-3"
 )
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a run left behind."""
+    """The results that a run has left behind."""
 
     codes: list[int]
     lines: dict[str, list[str]]  # file -> its lines, without times
@@ -128,19 +138,18 @@ def checkout(name: str) -> Iterator[Path]:
     if Path(name).is_dir():
         yield Path(name).resolve()
         return
-    with tempfile.TemporaryDirectory() as place:
-        with subprocess.Popen(
-            ["git", "-C", str(ROOT), "archive", name], stdout=subprocess.PIPE
-        ) as git:
+    command = ["git", "-C", str(ROOT), "archive", name]
+    with tempfile.TemporaryDirectory() as folder:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as git:
             assert git.stdout is not None
             with (
                 contextlib.suppress(tarfile.ReadError),
                 tarfile.open(fileobj=git.stdout, mode="r|") as archive,
             ):
-                archive.extractall(place, filter="data")
+                archive.extractall(folder, filter="data")
         if git.returncode:
             sys.exit(f"bench/replay.py: {name} is neither a folder nor a revision of {ROOT}")
-        yield Path(place)
+        yield Path(folder)
 
 
 RUNNER = """
@@ -176,7 +185,7 @@ class Runner:
     """Processes of one checkout, forked from one that has imported PyTorch and the scripts."""
 
     def __init__(self, code: Path) -> None:
-        """One thread in all of them, so that sums have one order and a fork has what it needs."""
+        """Start the process, with one thread: so sums have one order, and a fork works."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", RUNNER],
@@ -194,29 +203,23 @@ class Runner:
         return int(self._process.stdout.readline())
 
     def start(self, module: str, words: list[Any], log: Path, **environment: Any) -> int:
-        """Call `main` of a script with these words in a process of its own; its pid."""
+        """Call `main` of a script with these words in a new process and return its pid."""
         variables = {name: str(value) for name, value in environment.items()}
-        return self._ask(
-            {
-                "module": module,
-                "words": [module, *map(str, words)],
-                "log": str(log),
-                "environment": variables,
-            }
-        )
+        call = {"module": module, "words": [module, *map(str, words)]}
+        return self._ask({**call, "log": str(log), "environment": variables})
 
     def wait(self, pid: int) -> int:
-        """Exit code of a process that `start` made, when it has ended."""
+        """Wait for a process of `start` and return its exit code."""
         return self._ask({"wait": pid})
 
     @contextlib.contextmanager
-    def server(self, place: Path, **environment: Any) -> Iterator[int]:
-        """The port of this checkout's reward server."""
-        function, ready = place / "reward.py", place / "ready"
+    def server(self, folder: Path, **environment: Any) -> Iterator[int]:
+        """The port of this checkout's reward server, which ends with the block."""
+        function, ready = folder / "reward.py", folder / "ready"
         function.write_text(REWARD)
         ready.unlink(missing_ok=True)
         words = ["--reward-fn", f"{function}:variety", "--ready-file", ready]
-        pid = self.start("serve_rm", words, place / "server.log", **environment)
+        pid = self.start("serve_rm", words, folder / "server.log", **environment)
         try:
             until(ready.exists, "the reward server is ready")
             yield int(ready.read_text().split()[1])
@@ -234,46 +237,37 @@ class Runner:
         steps: int | None = None,
         marker: Path | None = None,
     ) -> int:
-        """The exit code of train.py, the first rank's; with `marker`, it gets SIGTERM once that file is there."""
+        """Run train.py and return the exit code of its first rank.
+
+        With `marker`, the first rank gets SIGTERM once that file exists.
+        """
         words = [
             *COMMON.split(),
             *case.flags.split(),
-            "--policy",
-            data / "policy",
-            "--train-data",
-            data / "train.jsonl",
-            "--val-data",
-            data / "few.jsonl",
-            "--rm-host",
-            "127.0.0.1",
-            "--rm-port",
-            port,
-            "--log-dir",
-            run,
-            *([] if steps is None else ["--max-steps", steps]),
+            *("--policy", data / "policy"),
+            *("--train-data", data / "train.jsonl", "--val-data", data / "few.jsonl"),
+            *("--rm-host", "127.0.0.1", "--rm-port", port),
+            *("--log-dir", run),
+            *(() if steps is None else ("--max-steps", steps)),
         ]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            meeting = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": s.getsockname()[1],
-                "WORLD_SIZE": case.ranks,
-            }
-        ranks = (
-            [{**meeting, "RANK": r, "LOCAL_RANK": r} for r in range(case.ranks)]
-            if case.ranks > 1
-            else [{}]
-        )
+        ranks: list[dict[str, Any]] = [{}]
+        if case.ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
+            meeting["WORLD_SIZE"] = case.ranks
+            ranks = [{**meeting, "RANK": r, "LOCAL_RANK": r} for r in range(case.ranks)]
         pids = [self.start("train", words, Path(f"{run}.log"), **rank) for rank in ranks]
         if marker is not None:
             until(marker.exists, "the reward server is gone")
-            os.kill(pids[0], signal.SIGTERM)  # else it would look for the server for minutes
+            # without SIGTERM the run would look for the server for minutes
+            os.kill(pids[0], signal.SIGTERM)
         first, *_ = [self.wait(pid) for pid in pids]
         return first
 
 
 def until(done: Callable[[], bool], what: str) -> None:
-    """Wait two minutes at most."""
+    """Wait for a condition; after two minutes in vain, end the script with a line about it."""
     end = time.monotonic() + 120
     while not done():
         if time.monotonic() > end:
@@ -281,124 +275,141 @@ def until(done: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def replay(case: Case, runner: Runner, place: Path, data: Path, begun: Path | None) -> Found:
-    """Run a case on one checkout; `place` is an empty folder, `begun` a run that goes on here."""
-    run, codes, marker = place / "run", list[int](), place / "dead"
+def replay(case: Case, runner: Runner, folder: Path, data: Path, begun: Path | None) -> Found:
+    """Run a case on one checkout; `folder` is empty, `begun` a run whose copy goes on."""
+    run, codes, marker = folder / "run", list[int](), folder / "dead"
     if begun is not None:
         shutil.copytree(begun, run)
     elif case.stop_after is not None:
-        with runner.server(place) as port:
+        with runner.server(folder) as port:
             codes.append(runner.train(run, case, port, data, case.stop_after))
     if case.death is not None:
-        with runner.server(place, REPLAY_DEATH=f"{marker} {case.death}") as port:
+        with runner.server(folder, REPLAY_DEATH=f"{marker} {case.death}") as port:
             codes.append(runner.train(run, case, port, data, marker=marker))
-        shutil.copytree(run, place / "interrupted")
-    with runner.server(place) as port:
+        shutil.copytree(run, folder / "interrupted")
+    with runner.server(folder) as port:
         codes.append(runner.train(run, case, port, data))
         if case.evaluate:
             words = ["--run", run, "--rm-host", "127.0.0.1", "--rm-port", port]
             codes.append(runner.wait(runner.start("recipes.evaluate", words, Path(f"{run}.log"))))
     found = read(run)
     if case.death is not None:
-        cut = read(place / "interrupted")
-        found.lines.update({f"interrupted/{name}": lines for name, lines in cut.lines.items()})
-        found.tensors.update({f"interrupted/{name}": value for name, value in cut.tensors.items()})
+        first = read(folder / "interrupted")
+        found.lines.update({f"interrupted/{name}": x for name, x in first.lines.items()})
+        found.tensors.update({f"interrupted/{name}": x for name, x in first.tensors.items()})
     return Found(codes, found.lines, found.states, found.tensors)
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without times and rates."""
+    kept = [key for key in row if not key.startswith("time_") and key != "tokens_per_s"]
+    return {key: row[key] for key in kept}
 
 
 def read(run: Path) -> Found:
     """The logs and checkpoints of a run folder."""
     lines: dict[str, list[str]] = {}
     for name in ("metrics.jsonl", *LOGS):
-        rows = (
-            [json.loads(line) for line in (run / name).read_text().splitlines()]
-            if (run / name).exists()
-            else []
-        )
+        text = (run / name).read_text() if (run / name).exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
         if name == "metrics.jsonl":
-            rows = [
-                {k: v for k, v in row.items() if not k.startswith("time_") and k != "tokens_per_s"}
-                for row in rows
-            ]
+            rows = [without_times(row) for row in rows]
         lines[name] = [json.dumps(row) for row in rows]
     states, tensors = {}, dict[str, tuple[str, bytes]]()
     for folder in sorted(run.glob("checkpoints/step-*")):
         states[folder.name] = json.loads((folder / "state.json").read_text())
         for path in sorted(folder.rglob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dictionary
+                for name in file.keys():  # noqa: SIM118  a safetensors file is no dictionary
                     value = file.get_tensor(name)
-                    tensors[f"{folder.name}/{path.name}/{name}"] = (
-                        f"{value.dtype} {tuple(value.shape)}",
-                        value.numpy().tobytes(),
-                    )
+                    kind = f"{value.dtype} {tuple(value.shape)}"
+                    key = f"{folder.name}/{path.name}/{name}"
+                    tensors[key] = (kind, value.numpy().tobytes())
     return Found(codes=[], lines=lines, states=states, tensors=tensors)
 
 
 def differences(a: Found, b: Found) -> list[str]:
-    """What is not the same, a sentence each; no more than the first line of a file and the first tensor of a checkpoint file."""
-    told = [] if a.codes == b.codes else [f"exit codes {a.codes}, then {b.codes}"]
+    """A sentence for each difference.
+
+    Of a log only the first line that differs is named, of a checkpoint file only the first tensor.
+    """
+    codes = [] if a.codes == b.codes else [f"exit codes {a.codes}, then {b.codes}"]
+    return [*codes, *of_lines(a, b), *of_states(a, b), *of_tensors(a, b)]
+
+
+def of_lines(a: Found, b: Found) -> list[str]:
+    """The differences of the logs."""
+    sentences = []
     for name in sorted({*a.lines, *b.lines}):
         x, y = a.lines.get(name, []), b.lines.get(name, [])
         if len(x) != len(y):
-            told.append(f"{name}: {len(x)} lines, then {len(y)}")
+            sentences.append(f"{name}: {len(x)} lines, then {len(y)}")
         for n, (line, other) in enumerate(zip(x, y, strict=False), 1):
-            if line != other:
-                old, new = json.loads(line), json.loads(other)
-                if name.endswith("metrics.jsonl"):
-                    new = {key: value for key, value in new.items() if key in old}
-                keys = [
-                    key
-                    for key in {**old, **new}
-                    if old.get(key) != new.get(key) or (key in old) != (key in new)
-                ]
-                if not keys:
-                    continue
-                told.append(
-                    f"{name}:{n}: "
-                    + ", ".join(
-                        f"{key} {old.get(key)!r}, then {new.get(key)!r}" for key in keys[:3]
-                    )[:300]
-                )
+            if line == other:
+                continue
+            old, new = json.loads(line), json.loads(other)
+            if name.endswith("metrics.jsonl"):
+                new = {key: value for key, value in new.items() if key in old}
+            if changes := changed_keys(old, new):
+                sentences.append(f"{name}:{n}: {', '.join(changes[:3])[:300]}")
                 break
+    return sentences
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Key, old and new value of everything that two lines do not have in common."""
+    return [
+        f"{key} {old.get(key)!r}, then {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) or (key in old) != (key in new)
+    ]
+
+
+def of_states(a: Found, b: Found) -> list[str]:
+    """The differences of the checkpoints' state.json."""
+    sentences = []
     for name in sorted({*a.states, *b.states}):
         old, new = a.states.get(name), b.states.get(name)
         if old is None or new is None:
-            told.append(f"{name}: only {'after' if old is None else 'before'}")
-        else:
-            told += [
-                f"{name}/state.json: {key} {old[key]!r}, then {new[key]!r}"
-                for key in old
-                if key in new and old[key] != new[key]
-            ]
-    files = set()
+            sentences.append(f"{name}: only {'after' if old is None else 'before'}")
+            continue
+        for key in old:
+            if key in new and old[key] != new[key]:
+                sentences.append(f"{name}/state.json: {key} {old[key]!r}, then {new[key]!r}")
+    return sentences
+
+
+def of_tensors(a: Found, b: Found) -> list[str]:
+    """The differences of the checkpoints' tensors."""
+    sentences, files = [], set()
     for name in sorted({*a.tensors, *b.tensors}):
         file = name.rsplit("/", 1)[0]
         if a.tensors.get(name) != b.tensors.get(name) and file not in files:
             files.add(file)
-            told.append(f"{name}: not the same bytes")
-    return told
+            sentences.append(f"{name}: not the same bytes")
+    return sentences
 
 
-def prepare(code: Path, place: Path) -> Path:
-    """The toy's policy and prompts, as one checkout makes them."""
-    made = subprocess.run(
-        [sys.executable, "recipes/toy.py"], cwd=code, check=True, capture_output=True, text=True
-    )
-    return with_few(Path(made.stdout.strip()), place / "data")
+def prepare(code: Path, folder: Path) -> Path:
+    """The toy's policy and prompts, made by one checkout."""
+    command = [sys.executable, "recipes/toy.py"]
+    done = subprocess.run(command, cwd=code, check=True, capture_output=True, text=True)
+    return with_few(Path(done.stdout.strip()), folder / "data")
 
 
 def with_few(toy: Path, data: Path) -> Path:
     """A copy of the toy's folder with few.jsonl, nine prompts for validation."""
     shutil.copytree(toy, data)
-    (data / "few.jsonl").write_text(
-        "".join((data / "validation.jsonl").read_text().splitlines(keepends=True)[:9])
-    )
+    lines = (data / "validation.jsonl").read_text().splitlines(keepends=True)
+    (data / "few.jsonl").write_text("".join(lines[:9]))
     return data
 
 
 def main() -> None:
-    """Run every case on both checkouts, both at a time, and tell what differs; exit code 1 if anything does."""
+    """Run every case on both checkouts at the same time and print the differences.
+
+    The exit code is 1 if there are any.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -412,7 +423,7 @@ def main() -> None:
         metavar="AFTER",
         nargs="?",
         default=str(ROOT),
-        help="the same (default: this checkout)",
+        help="folder or git revision to compare BEFORE with (default: this checkout)",
     )
     parser.add_argument(
         "--cases",
@@ -420,7 +431,7 @@ def main() -> None:
         choices=tuple(CASES),
         default=tuple(CASES),
         metavar="CASE",
-        help="default: all",
+        help="cases to run (default: all)",
     )
     args = parser.parse_args()
     changed = 0
@@ -430,30 +441,28 @@ def main() -> None:
         data = prepare(before, top)
         runners = [Runner(before), Runner(after)]
         for name in args.cases:
-            case, place, begun = CASES[name], top / name.replace(" ", "-"), None
-            (place / "before").mkdir(parents=True)
-            (place / "after").mkdir()
+            case, folder, begun = CASES[name], top / name.replace(" ", "-"), None
+            (folder / "before").mkdir(parents=True)
+            (folder / "after").mkdir()
             if case.begun_before:
-                begun = place / "begun"
-                with runners[0].server(place) as port:
+                begun = folder / "begun"
+                with runners[0].server(folder) as port:
                     runners[0].train(begun, case, port, data, case.stop_after)
             with ThreadPoolExecutor(2) as pool:
                 jobs = [
-                    pool.submit(replay, case, runner, place / side, data, begun)
+                    pool.submit(replay, case, runner, folder / side, data, begun)
                     for runner, side in zip(runners, ("before", "after"), strict=True)
                 ]
                 old, new = (job.result() for job in jobs)
-            told = differences(old, new)
+            sentences = differences(old, new)
             if not any(old.lines.values()):
-                told.append(f"nothing to compare: {(place / 'before/run.log').read_text()[-500:]}")
-            changed += bool(told)
-            counts = f"codes {old.codes}, {sum(map(len, old.lines.values()))} lines, {len(old.tensors)} tensors"
-            print(
-                f"{name:<28} {'DIFFERENT' if told else 'identical'}   ({counts})",
-                *told,
-                sep="\n    ",
-                flush=True,
-            )
+                end_of_log = (folder / "before/run.log").read_text()[-500:]
+                sentences.append(f"nothing to compare: {end_of_log}")
+            changed += bool(sentences)
+            number = sum(map(len, old.lines.values()))
+            counts = f"codes {old.codes}, {number} lines, {len(old.tensors)} tensors"
+            verdict = f"{'DIFFERENT' if sentences else 'identical'}   ({counts})"
+            print(f"{name:<28} {verdict}", *sentences, sep="\n    ", flush=True)
     print(f"{len(args.cases)} cases, {changed} different")
     sys.exit(changed > 0)
 
