@@ -130,7 +130,7 @@ def test_the_day_of_a_template_is_the_flags_and_belongs_to_the_fingerprint(small
         (folder / "chat_template.jinja").write_text(template)
         for date in ("2024-07-26", "2024-07-05"):
             reward = load_reward(ServeConfig(reward_model=str(folder), date=date))
-            found[template, date] = reward.fingerprint, len(reward.encode(chat))
+            found[template, date] = reward.fingerprint, len(reward.encode(chat)[0])
     assert found[plain, "2024-07-26"] == found[plain, "2024-07-05"]
     (a, short), (b, long) = found[dated, "2024-07-26"], found[dated, "2024-07-05"]
     assert a != b and long == short + 2
