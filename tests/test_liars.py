@@ -15,7 +15,7 @@ from test_client import INFO, client, good, reply
 from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_connection import RewardError
 
-DEADLINE = 0.5
+DEADLINE = 0.3
 RIGHT = [2.0, 3.0]  # for these texts
 TEXTS = ["ab", "abc"]
 
@@ -97,7 +97,7 @@ LIES = {
 def test_a_lie_ends_in_a_typed_error_in_time_and_nothing_of_it_is_printed_raw(server, lie):
     start = time.monotonic()
     with pytest.raises((RewardError, RetryError)) as raised:
-        client(server(LIES[lie]), timeout=0.3, deadline=DEADLINE).rewards(query=TEXTS)
+        client(server(LIES[lie]), timeout=0.2, deadline=DEADLINE).rewards(query=TEXTS)
     assert time.monotonic() - start < DEADLINE + 1
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600
 

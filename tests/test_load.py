@@ -545,6 +545,29 @@ def test_a_signal_while_it_loads_ends_it_with_code_0(tmp_path):
     assert started.wait(20) == 0
 
 
+def test_a_client_goes_on_within_five_seconds_of_the_return_of_a_killed_server(tmp_path):
+    """Killed in the middle of a request; the new one takes three seconds to warm up, in which it answers 503."""
+    slow = (
+        "import time\n{}def f(prompts, completions, labels):\n    time.sleep({})\n    return [float(len(c)) for c in completions]\n"
+    )
+    (tmp_path / "f.py").write_text(slow.format("", 5))
+    got = []
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, started):
+        client = RewardClient("127.0.0.1", port)
+        client.connect()
+        asking = threading.Thread(target=lambda: got.append((client.rewards(query=["abc", "de"]), time.monotonic())))
+        asking.start()
+        time.sleep(0.5)
+        started.kill()
+        started.wait()
+    (tmp_path / "f.py").write_text(slow.format("", 5).replace("sleep(5)", "sleep(0)"))
+    client._fingerprint = client._info = None  # the file is another one, which is not what is tested here
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", "--port", port):
+        ready = time.monotonic()
+        asking.join(20)
+    assert got and got[0][0] == [3.0, 2.0] and got[0][1] - ready < 5.0
+
+
 # -- replicas
 
 

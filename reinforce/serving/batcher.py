@@ -1,7 +1,8 @@
 """Many small requests -> few forward passes. One thread, the one that calls `run`, owns the model.
 
 It takes the texts that are there, whosever they are; while a forward runs the next one gathers by
-itself. What goes wrong for one request is that request's error alone.
+itself. It waits for those alone whom the last forward answered, since most of them ask again at
+once: without it eight clients would take turns as one and seven.
 """
 
 import os
