@@ -1,0 +1,272 @@
+"""A whole step of ours beside one of TRL's RLOOTrainer, alternating in one run.
+
+    pip install --no-deps trl==1.16.0 accelerate     for this script alone
+    python bench/step.py --policy cache/smollm2/policy --case forced
+
+Both sides have the same model, prompts, K = 4, lengths, reward function and threads, a learning
+rate of 0 (ours: 1e-30) and a KL penalty. Ours asks a reward server over HTTP, TRL calls the function
+in its own process. TRL runs without checkpointing, with its cache, at each per-device batch that
+divides the step, in both precisions; the fastest counts. Each measurement is a process of its own,
+whose first step is not counted. Printed are medians, peak memory, and the machine's matrix rate.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+K, PROMPTS = 4, 4
+TOPICS = [
+    "rivers",
+    "winter",
+    "bread",
+    "trains",
+    "music",
+    "gardens",
+    "maps",
+    "clocks",
+    "kites",
+    "lamps",
+    "bridges",
+    "stones",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step samples."""
+
+    tokens: int  # of a response at most
+    forced: bool  # every response has as many
+    prompt_words: int  # appended to the question
+
+
+CASES = {
+    "forced": Case(64, True, 0),
+    "natural": Case(256, False, 0),
+    "long": Case(32, True, 380),  # about 512 prompt tokens
+}
+
+
+def prompts(case: Case, count: int) -> list[list[dict[str, str]]]:
+    """Chats; those of "natural" ask for a sentence or less."""
+    padding = " ".join(TOPICS[i % len(TOPICS)] for i in range(case.prompt_words))
+    ask = "Name one thing about {}, in one short sentence."
+    texts = [f"{ask.format(TOPICS[i % len(TOPICS)])} {padding}".strip() for i in range(count)]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def variety(prompts: Any, completions: Any, **_: Any) -> list[float]:
+    """The reward of both sides: how many different words there are."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(len(set(text.split()))) for text in texts]
+
+
+def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict[str, Any]:
+    """Seconds of each step, from the end of one to the end of the next."""
+    import train
+    from reinforce.run.run import Run
+
+    ends: list[float] = []
+    finished = Run.finished
+
+    def noted(run: Run, made: Any) -> None:
+        finished(run, made)
+        ends.append(time.perf_counter())
+
+    Run.finished = noted  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "prompts.jsonl"
+        lines = [json.dumps({"messages": m}) for m in prompts(case, PROMPTS * (steps + 1))]
+        data.write_text("\n".join(lines) + "\n")
+        run = f"{folder}/run"
+        least = ("--min-new-tokens", str(case.tokens)) if case.forced else ()
+        sys.argv = [
+            "train.py",
+            *("--policy", policy, "--train-data", str(data), "--log-dir", run),
+            *("--rm-host", "127.0.0.1", "--rm-port", str(port), "--lr", "1e-30"),
+            *("--num-rollout-samples", str(PROMPTS), "--num-rollouts-per-prompt", str(K)),
+            *("--max-new-tokens", str(case.tokens), *least, "--precision", precision),
+            *("--max-steps", str(steps + 1), "--save-interval", "99", "--save-top-k", "0"),
+        ]
+        try:
+            train.main()
+        except SystemExit as end:
+            if end.code:
+                raise
+        metrics = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    parts = ("rollout", "reward", "reference", "update")
+    return {
+        "seconds": [b - a for a, b in itertools.pairwise(ends)],
+        "length": statistics.fmean(line["response_length"] for line in metrics[1:]),
+        "parts": {p: statistics.median(line[f"time_{p}"] for line in metrics[1:]) for p in parts},
+    }
+
+
+def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict[str, Any]:
+    """The same for TRL."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    ends: list[float] = []
+    lengths: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            lengths.append(logs.get("completions/mean_length", 0.0))
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = RLOOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=PROMPTS * K // batch,
+            num_generations=K,
+            max_completion_length=case.tokens,
+            generation_kwargs={"min_new_tokens": case.tokens} if case.forced else None,
+            temperature=1.0,
+            top_k=0,
+            beta=0.05,
+            learning_rate=0.0,
+            max_steps=steps + 1,
+            gradient_checkpointing=False,
+            bf16=precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            seed=0,
+            model_init_kwargs={"dtype": "float32"},
+        )
+        trainer = RLOOTrainer(
+            model=policy,
+            args=args,
+            reward_funcs=variety,
+            train_dataset=Dataset.from_list([{"prompt": p} for p in prompts(case, 64)]),
+            processing_class=AutoTokenizer.from_pretrained(policy),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return {
+        "seconds": [b - a for a, b in itertools.pairwise(ends)],
+        "length": statistics.fmean(length for length in lengths[1:] if length),
+    }
+
+
+def measured(words: list[str]) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def matrix_rate() -> str:
+    """GFLOP/s of a product of SmolLM2's shapes, in both precisions."""
+    import torch
+
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        rates.append(2 * 1024 * 576 * 1536 / statistics.median(times) / 1e9)
+    return f"matrix products: fp32 {rates[0]:.0f} GFLOP/s, bf16 {rates[1]:.0f} GFLOP/s"
+
+
+def main() -> None:
+    """Measure one side (--side), or both in turns."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", required=True, help="folder of the language model")
+    parser.add_argument("--case", choices=tuple(CASES), default="forced", help="what is sampled")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a process that count")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument(
+        "--side", nargs="*", help="one measurement: ours PRECISION PORT, or trl ..."
+    )
+    args = parser.parse_args()
+    case = CASES[args.case]
+    if args.side:
+        name, precision, number = args.side
+        side = ours if name == "ours" else trl
+        found = side(args.policy, case, args.steps, precision, int(number))
+        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(found))
+        return
+    compare(args.policy, args.case, args.steps, args.rounds)
+
+
+def compare(policy: str, case: str, steps: int, rounds: int) -> None:
+    """Find each side's fastest setting in one round, then alternate."""
+    print(matrix_rate(), flush=True)
+    common = ["--policy", policy, "--case", case, "--steps", str(steps), "--side"]
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready"
+        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", f"{__file__}:variety"]
+        server = subprocess.Popen(
+            [*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL, env=os.environ
+        )
+        try:
+            while not ready.exists():
+                time.sleep(0.1)
+            port = ready.read_text().split()[1]
+            settings = {"ours": [["ours", p, port] for p in ("fp32", "bf16")]}
+            settings["trl"] = [["trl", p, str(b)] for p in ("fp32", "bf16") for b in (4, 8, 16)]
+            best = {}
+            for side, choices in settings.items():
+                found = {}
+                for choice in choices:
+                    result = measured([*common, *choice])
+                    found[tuple(choice)] = statistics.median(result["seconds"])
+                    print(" ".join(choice[:2] + choice[2:] * (side == "trl")), summary(result))
+                best[side] = list(min(found, key=lambda choice: found[choice]))
+            ratios, peaks = [], []
+            for n in range(rounds):
+                pair = {side: measured([*common, *choice]) for side, choice in best.items()}
+                seconds = {side: statistics.median(r["seconds"]) for side, r in pair.items()}
+                ratios.append(seconds["trl"] / seconds["ours"])
+                peaks.append(pair["ours"]["peak"] / pair["trl"]["peak"])
+                for side, result in pair.items():
+                    print(f"round {n + 1} {side} {best[side][1]} {summary(result)}", flush=True)
+            print(
+                f"{case}: TRL / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}"
+            )
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Seconds, mean length, memory, and what the time went into."""
+    seconds = statistics.median(result["seconds"])
+    parts = " ".join(f"{name} {value:.1f}" for name, value in result.get("parts", {}).items())
+    return f"{seconds:.1f} s, {result['length']:.0f} tokens a response, {result['peak']:.1f} GiB {parts}"
+
+
+if __name__ == "__main__":
+    main()
