@@ -17,6 +17,8 @@ import os
 
 PARENT = os.getppid()  # before imports that take seconds, in which the parent may end
 
+import reinforce.prerequisites  # noqa: F401  # isort: skip
+
 import dataclasses
 import errno
 import sys

@@ -1,17 +1,21 @@
 """The actor: trains a policy with REINFORCE against a reward server.
 
-    torchrun train.py --baseline rloo                                   the toy, reward server included
-    torchrun --nproc-per-node 2 train.py --baseline remax               on two processes
+    torchrun train.py --baseline rloo                            the toy, reward server included
+    torchrun --nproc-per-node 2 train.py --baseline remax        on two processes
     torchrun train.py --policy SFT --train-data prompts.jsonl --rm-host 127.0.0.1 --rm-port 5567
 
 The update, for K responses y ~ pi to each prompt x:
 
-    R = r(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)]       A = R - baseline(R)
-    gradient of  -(1/N) sum_b A_b sum_t log pi(y_bt)                 N: rows of the whole optimizer step, all ranks
+    R = r(x, y) - beta * sum_t [log pi(y_t) - log pi_ref(y_t)]
+    A = R - baseline(R)
+    gradient of  -(1/N) sum_b A_b sum_t log pi(y_bt)             N: rows of the step, all ranks
 
-Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per rollout is on-policy), the
-division by the group's deviation, the division by a response's length, and KL as a loss term: what is left is unbiased.
+Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per
+rollout is on-policy), the division by the group's deviation, the division by a response's length,
+and KL as a loss term: what is left is unbiased.
 """
+
+import reinforce.prerequisites  # noqa: F401  # isort: skip
 
 import faulthandler
 import sys
@@ -39,7 +43,7 @@ from reinforce.text import Prompt
 
 
 def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Judged:
-    """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64; no gradient."""
+    """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64."""
     config, kl = actor.config, None
     reward = actor.reward(prompts, rollout, kind)  # (B,), over HTTP
     ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
@@ -51,7 +55,7 @@ def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, kind: str =
 
 
 def backward(actor: Actor, batch: Batch, update: Update) -> Summed:
-    """Gradient of one optimizer step, in micro-batches of this rank's rows; N counts the rows of all ranks."""
+    """Gradient of one optimizer step, in micro-batches of this rank's rows; N is of all ranks."""
     sums = Sums(batch, actor.config.ratio_clip)
     for part in actor.micro_batches(batch, update):
         logp = actor.logp(part.rollout)  # (b, T)
@@ -87,17 +91,16 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         judged_greedy = judge(actor, prompts, greedy, GREEDY) if greedy else None
 
         # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
-        own_valid = counted(
-            rollout.finished, judged.reward.to(actor.device), config.truncated
-        )  # (B,), this rank's
-        R, valid, length = (  # noqa: N806
+        reward = judged.reward.to(actor.device)  # (B,), this rank's
+        own_valid = counted(rollout.finished, reward, config.truncated)  # (B,)
+        R, valid, length = (  # noqa: N806  (P, K) each
             distributed.gather_rows(column.view(len(prompts), -1))
             for column in (judged.objective, own_valid, rollout.length)
-        )  # (P, K) each
+        )
         greedy_R = distributed.gather_rows(judged_greedy.objective) if judged_greedy else None  # noqa: N806  (P,)
         advantage = baseline(R, valid, greedy_R)  # (P, K)
 
-        # 5. update: one optimizer step on the whole rollout; with --global-batch-size several, and the clipped ratio
+        # 5. update: one optimizer step, or with --global-batch-size several and the clipped ratio
         updates = plan_updates(valid, length, config)
         own_advantage = distributed.deal_rows(advantage).flatten().float().to(actor.device)  # (B,)
         weight = token_weights(rollout.mask, config.loss_norm) * own_valid[:, None]  # (B, T)
@@ -114,21 +117,20 @@ def train(actor: Actor, data: Data, run: Run) -> None:
             optimizer.zero_grad()
             run.updated(sums, grad_norm)
 
-        # 6. log, validate, save; from here on the step counts, whatever becomes of the server or of us
+        # 6. log, validate, save; from here on the step counts, whatever becomes of the server
         run.finished(made)
         run.validate_if_due()
         run.save_if_due()
 
 
 def start(life: exits.Life) -> None:
-    """Everything that can be wrong is checked first, cheapest first; then the models are loaded, and the loop runs."""
+    """Check what can be wrong, cheapest first; then load the models and run the loop."""
     given = parse(TrainConfig, __doc__)
     begun = setup.begin(given)
     config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)
-    life.folder, identity = setup.open_run_folder(
-        inputs, "toy" if given.policy is None else Path(given.policy).name
-    )
+    name = "toy" if given.policy is None else Path(given.policy).name
+    life.folder, identity = setup.open_run_folder(inputs, name)
     actor = setup.load(inputs)
     setup.begin_run(life.folder, identity)
     with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:

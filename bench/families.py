@@ -1,11 +1,16 @@
-"""Which model families can be trained: tiny random models from transformers' own configurations, each through the guard and a step.
+"""A table of the model families that can be trained: each a tiny model, the guard and one step.
 
-    python bench/families.py                 every family below; a Markdown table
-    python bench/families.py llama mamba     some of them
+    python bench/families.py                 every family in FAMILIES, as a Markdown table
+    python bench/families.py llama mamba     the named families
 
-Told are the largest |log pi| differences of a token in float32 (sampler against scorer, a row in a batch against the row alone),
-whether logits are the head applied to the hidden states, the difference with gradient checkpointing, and the verdict: "trains"
-means that one step of REINFORCE was made by the functions that train.py uses, and that it changed the sampled policy.
+The models are random ones from the configurations of transformers. The columns are:
+
+- the largest |log pi| differences of a token in float32: sampler against scorer, and a row in a
+  batch against the row alone;
+- whether logits are the head applied to the hidden states;
+- whether the model was trained with gradient checkpointing;
+- the verdict: "trains" means that the functions of train.py made one step of REINFORCE, and that
+  the step changed the sampled policy.
 """
 
 import argparse
@@ -27,54 +32,31 @@ from reinforce.policy import blocks, checkpoint_blocks, without_dropout
 from reinforce.sampler import Sampling
 
 VOCABULARY = 96
-SIZES = {  # what a tiny model has, where its configuration knows the name
+# the sizes of a tiny model, set where its configuration knows the name
+SIZES = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "n_embd": 32,
-    "d_model": 32,
-    "dim": 32,
-    "emb_dim": 32,
-    "embedding_size": 32,
-    "word_embed_proj_dim": 32,
-    "intermediate_size": 48,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "n_inner": 48,
-    "d_ff": 48,
-    "dim_ff": 48,
-    "decoder_ffn_dim": 48,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim"), 32),
+    **dict.fromkeys(("embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 48),
+    **dict.fromkeys(("d_ff", "dim_ff", "decoder_ffn_dim"), 48),
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
     "expert_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "num_layers": 2,
-    "decoder_layers": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     "decoder_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
     "n_positions": 64,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "experts_per_token": 2,
-    "moe_topk": 2,
-    "top_k_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+    **dict.fromkeys(("num_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "experts_per_token"), 2),
+    **dict.fromkeys(("moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     "qk_head_dim": 16,
     "initializer_range": 0.1,
     "pad_token_id": 0,
@@ -84,7 +66,13 @@ SIZES = {  # what a tiny model has, where its configuration knows the name
     "first_k_dense_replace": 1,
     "sliding_window": 32,
 }
-SPECIAL: dict[str, dict[str, Any]] = {  # what else a family needs to be this small
+# the sizes of a multimodal model's text part
+TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+# the other settings that a family needs to be this small
+SPECIAL: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "time_step_rank": 4, "intermediate_size": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 4, "intermediate_size": 64},
@@ -150,19 +138,7 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what else a family needs to be this sm
         "no_rope_layers": [1, 0],
     },
     "gemma3": {
-        "text_config": {
-            name: SIZES[name]
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "max_position_embeddings",
-            )
-        },
+        "text_config": {name: SIZES[name] for name in TEXT_SIZES},
         "vision_config": {
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -198,33 +174,31 @@ FAMILIES = """
 
 
 def tiny(family: str) -> Any:
-    """A random model of a family, small, in float32, as train.py would load it; NAME:VARIANT has settings of its own."""
+    """A small random model of a family in float32, as train.py would load it.
+
+    NAME:VARIANT is the family NAME with other settings.
+    """
     kind = family.partition(":")[0]
     config = AutoConfig.for_model(kind)
-    values = {name: value for name, value in SIZES.items() if hasattr(config, name)} | SPECIAL.get(
-        family, {}
-    )
-    config = AutoConfig.for_model(
-        kind, **{name: value for name, value in values.items() if value is not None}
-    )
+    sizes = {name: value for name, value in SIZES.items() if hasattr(config, name)}
+    settings = sizes | SPECIAL.get(family, {})
+    settings = {name: value for name, value in settings.items() if value is not None}
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return give_float32_logits(without_dropout(model))
 
 
 def step(model: Any, plain: bool, prompts: list[list[int]], checkpointing: bool) -> float:
-    """One step of REINFORCE; how far it moved the log pi of what was sampled, mean |change| of a token."""
+    """Make one step of REINFORCE and return the mean |change| of a sampled token's log pi."""
     if checkpointing:
         checkpoint_blocks(model)
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1)
-    how = Sampling(max_new_tokens=8, end_ids=(2,), pad_id=0)
-    out = sample(
-        model, prompts, [row_seed(0, 0, i, k) for i in range(len(prompts)) for k in range(4)], how
-    )
-    rows, reward = (
-        (out.prompt, out.prompt_mask, out.response, out.mask),
-        out.response.double().mean(1).view(-1, 4),
-    )  # (P, K)
+    sampling = Sampling(max_new_tokens=8, end_ids=(2,), pad_id=0)
+    seeds = [row_seed(0, 0, i, k) for i in range(len(prompts)) for k in range(4)]
+    out = sample(model, prompts, seeds, sampling)
+    rows = (out.prompt, out.prompt_mask, out.response, out.mask)
+    reward = out.response.double().mean(1).view(-1, 4)  # (P, K)
     scorer = Scorer(model, plain)
     before = scorer(*rows)  # (B, T)
     reinforce_loss(before, rloo(reward).flatten().float(), out.mask, len(before)).backward()
@@ -234,26 +208,27 @@ def step(model: Any, plain: bool, prompts: list[list[int]], checkpointing: bool)
 
 
 def row(family: str) -> str:
-    """A line of the table."""
+    """A family's line of the table."""
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=draw).tolist() for n in (11, 6, 9, 4)]
     try:
         model = tiny(family)
     except Exception as error:
-        return (
-            f"| {family} | – | – | – | – | not built: {str(error).strip().splitlines()[0][:90]} |"
-        )
+        reason = str(error).strip().splitlines()[0][:90]
+        return f"| {family} | – | – | – | – | not built: {reason} |"
     checkpointing = bool(blocks(model))
     try:
         verdict = guard.inspect(model, prompts, [2], 0, checkpointing, family)
     except ConfigError as error:
-        return f"| {family} | – | – | – | {checkpointing} | refused: {str(error).removeprefix(f'{family}: ')[:150]} |"
+        reason = str(error).removeprefix(f"{family}: ")[:150]
+        return f"| {family} | – | – | – | {checkpointing} | refused: {reason} |"
     for name, weight in model.named_parameters():
         weight.requires_grad_(weight.requires_grad and name not in verdict.unused)
     moved = step(model, verdict.plain, prompts, checkpointing)
-    said = f"trains, {len(verdict.unused)} parameters frozen" if verdict.unused else "trains"
-    said = said if moved > 0 else "the step changed nothing"
-    return f"| {family} | {verdict.sampling:.0e} | {verdict.padding:.0e} | {verdict.plain} | {checkpointing} | {said} |"
+    end = f"trains, {len(verdict.unused)} parameters frozen" if verdict.unused else "trains"
+    end = end if moved > 0 else "the step changed nothing"
+    gaps = f"{verdict.sampling:.0e} | {verdict.padding:.0e}"
+    return f"| {family} | {gaps} | {verdict.plain} | {checkpointing} | {end} |"
 
 
 def main() -> None:
@@ -262,18 +237,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "families", nargs="*", metavar="FAMILY", help="default: all that are listed in the script"
+        "families", nargs="*", metavar="FAMILY", help="family to try (default: all in FAMILIES)"
     )
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}; nats a token, float32\n"
-    )
-    print(
-        "| family | sampler − scorer | neighbours | plain head | checkpointing | verdict |",
-        "|" + "---|" * 6,
-        sep="\n",
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}; nats a token, float32\n")
+    print("| family | sampler − scorer | neighbours | plain head | checkpointing | verdict |")
+    print("|" + "---|" * 6)
     for family in parser.parse_args().families or FAMILIES:
         print(row(family), flush=True)
 

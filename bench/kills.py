@@ -1,13 +1,15 @@
-"""A run that cannot be lost: SIGKILL it again and again, go on each time, and compare the end with an undisturbed run.
+"""A run that cannot be lost: SIGKILL again and again, and the end of an undisturbed run.
 
-    python bench/kills.py --kills 200                  at random instants
-    python bench/kills.py --kills 50 --ranks 2         one of two ranks, chosen at random; the other must end by itself
-    python bench/kills.py --exact                      before and after each fsync and each rename of one checkpoint
+    python bench/kills.py --kills 200              kill at random instants
+    python bench/kills.py --kills 50 --ranks 2     kill one of two ranks, chosen at random
+    python bench/kills.py --exact                  kill before and after each fsync and each rename
 
-A run is right if every parameter, AdamW's averages, and every line of its logs but for times are bitwise those of the undisturbed
-one, and lost if the same command does not bring it to its end, or does not go on from the newest checkpoint. Each life is a fork
-of this process, so that it need not import PyTorch again; everything else in it is train.py on the toy, against serve_rm.py, with
-a checkpoint after every step.
+The run goes on after each kill, and with two ranks the other one must end by itself. A run is right
+if every parameter, AdamW's averages, and every line of the logs but for times are bitwise those of
+the undisturbed run. A run is lost if the same command does not bring it to its end, or does not go
+on from the newest checkpoint. Each life of a run is a fork of this process, so that PyTorch is not
+imported again. The rest is train.py on the toy, against serve_rm.py, with a checkpoint after every
+step.
 """
 
 import argparse
@@ -23,15 +25,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # a fork of a process with threads of its own would hang
+# a fork of a process with threads would hang
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib.pyplot  # noqa: F401  a life draws its curves at the end; and like PyTorch it is slow to import
+# a life draws its curves at the end, and matplotlib is slow to import, like PyTorch
+import matplotlib.pyplot  # noqa: F401
 
 import train
 from recipes import toy
@@ -39,11 +42,15 @@ from reinforce.run import checkpoint
 
 STEPS = 6
 BASELINES = ("rloo", "ema", "remax")
-BOUND = 60.0  # seconds that a rank may outlive another one that was killed, of which it is told as by torchrun
+# seconds that a rank may outlive a killed one; it gets SIGTERM then, as from torchrun
+BOUND = 60.0
 
 
 def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> list[str]:
-    """The command line of a run; the checkpoint of an epoch's short last step (the third, of four prompts) included."""
+    """The command line of a run.
+
+    Its third step is the short last one of an epoch, of four prompts, and has a checkpoint, too.
+    """
     folder = toy.prepare()
     prompts = run.parent / "prompts.jsonl"
     if not prompts.exists():
@@ -72,16 +79,19 @@ def flags(run: Path, baseline: str, address: tuple[str, int], ranks: int) -> lis
 
 
 def deadly(at: int, after: bool) -> None:
-    """Kill this process at its `at`-th call (from 1) of fsync, rename or replace; 0: only count them, into $EVENTS."""
+    """Kill this process at its `at`-th call (from 1) of fsync, rename or replace.
+
+    0 kills nothing: the calls are counted, into the file $EVENTS.
+    """
     count = 0
 
     def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **how: Any) -> Any:
+        def watched(*args: Any, **options: Any) -> Any:
             nonlocal count
             count += 1
             if count == at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **how)
+            result = call(*args, **options)
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if not at:
@@ -95,7 +105,10 @@ def deadly(at: int, after: bool) -> None:
 
 
 def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: None) -> list[int]:
-    """Fork the processes of one life; their pids. Output goes to a log beside the run folder."""
+    """Fork the processes of one life and return their pids.
+
+    Their output goes to a log beside the run folder.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -128,15 +141,16 @@ def born(words: list[str], ranks: int, prepare: Callable[[], None] = lambda: Non
 
 
 def buried(pids: list[int], patience: float) -> list[int]:
-    """Wait for all of them; their exit codes, -9 for a killed one.
+    """Wait for all processes and return their exit codes, -9 for a killed one.
 
-    As torchrun does, the others get SIGTERM when one has failed; one that outlives `patience` is killed and has code -1.
+    As with torchrun, the others get SIGTERM when one has failed. A process that outlives `patience`
+    seconds is killed and has code -1.
     """
-    codes, end, told = dict[int, int](), time.monotonic() + patience, False
+    codes, end, terminated = dict[int, int](), time.monotonic() + patience, False
     while len(codes) < len(pids):
         left = [pid for pid in pids if pid not in codes]
-        if any(codes.values()) and not told:
-            told = True
+        if any(codes.values()) and not terminated:
+            terminated = True
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         for pid in left:
@@ -152,42 +166,36 @@ def buried(pids: list[int], patience: float) -> list[int]:
 
 
 def digest(run: Path) -> str:
-    """Of all that must be the same: weights, optimizer, and the logs without times."""
+    """Hash of all that must be the same: weights, optimizer, and the logs without times."""
     last = sorted(run.glob("checkpoints/step-*"))[-1]
-    parts = [
-        last.name.encode(),
-        *((last / name).read_bytes() for name in ("model.safetensors", checkpoint.OPTIMIZER)),
-    ]
+    tensors = [last / name for name in ("model.safetensors", checkpoint.OPTIMIZER)]
+    parts = [last.name.encode(), *(file.read_bytes() for file in tensors)]
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        kept = {
-            k: v
-            for k, v in json.loads(line).items()
-            if not k.startswith("time_") and k != "tokens_per_s"
-        }
-        parts.append(json.dumps(kept).encode())
+        values = json.loads(line)
+        kept = [k for k in values if not k.startswith("time_") and k != "tokens_per_s"]
+        parts.append(json.dumps({k: values[k] for k in kept}).encode())
     parts += [(run / f"{name}.jsonl").read_bytes() for name in ("rollouts", "validation")]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
 
 class Tally:
-    """What happened so far."""
+    """The kills and runs so far, and how the runs ended."""
 
-    def __init__(self, place: Path, address: tuple[str, int], ranks: int) -> None:
-        """`place` is an empty folder for the runs."""
-        self.place, self.address, self.ranks = place, address, ranks
+    def __init__(self, folder: Path, address: tuple[str, int], ranks: int) -> None:
+        """`folder` is an empty folder for the runs."""
+        self.folder, self.address, self.ranks = folder, address, ranks
         self.kills = self.early = self.runs = self.lost = self.wrong = self.orphans = 0
         self.right: dict[str, str] = {}
         self.seconds = 0.0
 
     def undisturbed(self, baseline: str) -> None:
-        """Run once without a kill: what is right, and how long a life lasts."""
-        run = self.place / f"right-{baseline}"
+        """Run once without a kill, and keep the right digest and the seconds of a life."""
+        run = self.folder / f"right-{baseline}"
         start = time.monotonic()
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes):
-            sys.exit(
-                f"the undisturbed run ended with {codes}: {Path(f'{run}.log').read_text()[-2000:]}"
-            )
+            end_of_log = Path(f"{run}.log").read_text()[-2000:]
+            sys.exit(f"the undisturbed run ended with {codes}: {end_of_log}")
         self.seconds, self.right[baseline] = time.monotonic() - start, digest(run)
 
     def finish(self, run: Path, baseline: str) -> None:
@@ -195,9 +203,9 @@ class Tally:
         self.runs += 1
         log, newest = Path(f"{run}.log"), checkpoint.newest(run)
         log.unlink(missing_ok=True)
-        expected = (
-            "" if newest is None else f"going on after step {checkpoint.state(newest)['step']} of"
-        )
+        expected = ""
+        if newest is not None:
+            expected = f"going on after step {checkpoint.state(newest)['step']} of"
         codes = buried(born(flags(run, baseline, self.address, self.ranks), self.ranks), 300)
         if any(codes) or expected not in log.read_text():
             self.lost += 1
@@ -209,10 +217,10 @@ class Tally:
             shutil.rmtree(run)
 
     def random_kills(self, wanted: int, rng: random.Random) -> None:
-        """Runs that are each killed one to four times, until there were so many kills."""
+        """Kill each run one to four times, until the number of kills is `wanted`."""
         while self.kills < wanted:
             baseline = BASELINES[self.runs % len(self.right)]
-            run = self.place / f"run-{self.runs}"
+            run = self.folder / f"run-{self.runs}"
             for _ in range(rng.randint(1, 4)):
                 pids = born(flags(run, baseline, self.address, self.ranks), self.ranks)
                 time.sleep(rng.uniform(0.0, self.seconds))
@@ -220,45 +228,39 @@ class Tally:
                     os.kill(rng.choice(pids), signal.SIGKILL)
                 codes = buried(pids, BOUND)
                 self.orphans += -1 in codes
-                if -9 not in codes:  # it had reached its end before
+                # no process was killed: the run had reached its end before
+                if -9 not in codes:
                     break
                 self.kills += 1
                 self.early += not list(run.glob("checkpoints/step-*"))
             self.finish(run, baseline)
-            print(
-                f"\r{self.kills} kills, {self.runs} runs, {self.lost} lost, {self.wrong} wrong",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            counts = f"{self.kills} kills, {self.runs} runs, {self.lost} lost, {self.wrong} wrong"
+            print(f"\r{counts}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
 
     def exact_kills(self, baseline: str, stride: int) -> None:
-        """One run for each kill: before and after every `stride`-th fsync, rename and replace of a run of three steps."""
-        counter = self.place / "events"
+        """Kill a run of three steps before and after every `stride`-th fsync, rename or replace.
+
+        Every kill has another run.
+        """
+        counter = self.folder / "events"
         os.environ["EVENTS"] = str(counter)
-        words = flags(self.place / "counted", baseline, self.address, 1)
+        words = flags(self.folder / "counted", baseline, self.address, 1)
         words[words.index("--max-steps") + 1] = "3"
         buried(born(words, 1, lambda: deadly(0, False)), 300)
         total = int(counter.read_text())
         for at in range(1, total + 1, stride):
             for after in (False, True):
-                run = self.place / f"at-{at}-{after}"
-                codes = buried(
-                    born(
-                        flags(run, baseline, self.address, 1),
-                        1,
-                        lambda at=at, after=after: deadly(at, after),
-                    ),
-                    300,
-                )
+                run = self.folder / f"at-{at}-{after}"
+                words = flags(run, baseline, self.address, 1)
+                codes = buried(born(words, 1, partial(deadly, at, after)), 300)
                 self.kills += codes == [-9]
                 self.finish(run, baseline)
         print(f"{total} events of fsync and rename in three steps")
 
 
 def main() -> None:
-    """Serve the toy's reward, kill, tell."""
+    """Serve the toy's reward, kill runs, and print the counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -267,34 +269,37 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[200],
-        help="at random instants, for each of --ranks",
+        help="kills at random instants, a number for each of --ranks",
     )
     parser.add_argument(
         "--ranks",
         type=int,
         nargs="+",
         default=[1],
-        help="processes of a run, of which one is killed",
+        help="processes of a run, of which one is killed at a time",
     )
-    parser.add_argument("--exact", action="store_true", help="at each fsync and rename instead")
     parser.add_argument(
-        "--stride", type=int, default=1, help="with --exact: only every so many-th of them"
+        "--exact", action="store_true", help="kill at each fsync and rename instead"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="with --exact, kill at every N-th fsync or rename"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random instants")
     args = parser.parse_args()
     wrong = False
     with toy.server(batch=1) as address:
         for ranks, kills in zip(args.ranks, args.kills * len(args.ranks), strict=False):
-            with tempfile.TemporaryDirectory() as place:
-                tally = Tally(Path(place), address, ranks)
+            with tempfile.TemporaryDirectory() as folder:
+                tally = Tally(Path(folder), address, ranks)
                 start = time.monotonic()
-                for baseline in BASELINES[:1] if args.exact else BASELINES[: max(1, min(3, kills))]:
+                number = 1 if args.exact else max(1, min(3, kills))
+                for baseline in BASELINES[:number]:
                     tally.undisturbed(baseline)
                 if args.exact:
                     tally.exact_kills(BASELINES[0], args.stride)
                 else:
                     tally.random_kills(kills, random.Random(args.seed))
-            told = {
+            counts = {
                 "kills": tally.kills,
                 "before the first checkpoint": tally.early,
                 "runs": tally.runs,
@@ -304,9 +309,9 @@ def main() -> None:
                 "ranks": ranks,
                 "seconds": round(time.monotonic() - start),
             }
-            for name, value in told.items():
+            for name, value in counts.items():
                 print(f"{name:<52}{value:>6}")
-            print(json.dumps(told), flush=True)
+            print(json.dumps(counts), flush=True)
             wrong |= bool(tally.lost or tally.wrong or tally.orphans)
     sys.exit(wrong)
 

@@ -3,11 +3,12 @@
     python bench/replay.py BEFORE                    each a folder or a git revision; AFTER is this checkout by default
     python bench/replay.py BEFORE AFTER --cases rloo "two ranks, ddp"
 
-Each case is a run of train.py on the toy's policy against that checkout's own serve_rm.py with a plain reward function. Compared
-are the exit codes, every tensor of every checkpoint byte for byte, what both state.json have, and the lines of metrics.jsonl
-(without times, and without what only AFTER measures), rollouts.jsonl, validation.jsonl, nonfinite.jsonl and evaluation.jsonl.
-Not compared: identity.json, config.json, the screen.
-In the case "begun before" the first steps are BEFORE's on both sides, so the last ones tell whether its runs still go on.
+Each case is a run of train.py on the toy's policy against that checkout's own serve_rm.py with a
+plain reward function. Compared are the exit codes, every tensor of every checkpoint byte for byte,
+what both state.json have, and the lines of metrics.jsonl (without times, and without what only
+AFTER measures), rollouts.jsonl, validation.jsonl, nonfinite.jsonl and evaluation.jsonl. Not
+compared: identity.json, config.json, the screen. In the case "begun before" the first steps are
+BEFORE's on both sides, so the last ones tell whether its runs still go on.
 """
 
 import argparse
@@ -43,7 +44,7 @@ calls = 0
 def variety(prompts, completions, labels):
     """Different words, less a tenth for each word."""
     global calls
-    calls += 1
+    calls += len(prompts) > 1  # not the one text that a run asks for before it begins
     file, _, at = DEATH.rpartition(" ")
     if file and calls == int(at) and not Path(file).exists():
         Path(file).touch()

@@ -2,10 +2,10 @@
 
     python recipes/chat.py --policy runs/latest/checkpoints/step-000100
 
-A policy with a chat template gets the conversation so far; one without continues your text. Ctrl-D ends.
+A policy with a chat template gets the conversation so far. A policy without one continues your
+text. Ctrl-D ends the conversation.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,14 @@ from reinforce.text import decoded, response_ids
 
 @dataclass(frozen=True)
 class Config:
-    """The flags."""
+    """The flags of recipes/chat.py."""
 
-    policy: str | None = flag(None, "what", "folder or hub id")
-    max_new_tokens: int = flag(256, "sampling", "reply length at most, tokens")
-    temperature: float = flag(0.7, "sampling", "of the reply")
-    top_p: float = flag(0.95, "sampling", "probability mass kept")
-    greedy: bool = flag(False, "sampling", "the likeliest token each time")
-    seed: int = flag(0, "sampling", "of every draw")
+    policy: str | None = flag(None, "what", "policy to talk to: folder or hub id")
+    max_new_tokens: int = flag(256, "sampling", "tokens of a reply at most")
+    temperature: float = flag(0.7, "sampling", "temperature of the replies")
+    top_p: float = flag(0.95, "sampling", "probability mass kept in sampling")
+    greedy: bool = flag(False, "sampling", "take the likeliest token each time")
+    seed: int = flag(0, "sampling", "seed of every draw")
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
 
     def check(self) -> None:
@@ -44,7 +44,7 @@ class Config:
 
 
 def main() -> None:
-    """Read a line, reply, until the input ends."""
+    """Read lines and print replies until the input ends."""
     config = parse(Config, __doc__)
     assert config.policy is not None
     tokenizer = load_tokenizer(config.policy)
@@ -52,39 +52,43 @@ def main() -> None:
     device = devices.pick(config.device)
     model = load_policy(config.policy, tokenizer, device)
     bf16 = devices.use_bf16("auto", device, sum(w.numel() for w in model.parameters()))
-    how = Sampling(
-        config.max_new_tokens, ends, tokenizer.pad_token_id, config.temperature, top_p=config.top_p
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        end_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        greedy=config.greedy,
     )
     room = (context_length(config.policy) or sys.maxsize) - config.max_new_tokens
     messages: list[dict[str, str]] = []
     for turn, line in enumerate(iter(lambda: read("you: "), None)):
         messages.append({"role": "user", "content": line})
-        while True:  # forget the oldest turns when the context is full
-            record: dict[str, Any] = (
-                {"messages": messages} if tokenizer.chat_template else {"prompt": line}
-            )
+        # forget the oldest turns when the context is full
+        while True:
+            record: dict[str, Any] = {"prompt": line}
+            if tokenizer.chat_template:
+                record = {"messages": messages}
             prompt = tokenize([record], tokenizer, sys.maxsize, "your text")[0][0]
             if len(prompt.ids) <= room or len(messages) < 3:
                 break
             messages = messages[2:]
         if len(prompt.ids) > room:
             raise ConfigError(
-                f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} exceed the context"
+                f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} "
+                "exceed the policy's context; give a shorter text or fewer tokens"
             )
         with devices.autocast(device, bf16):
             seed = row_seed(config.seed, turn, 0, 0)
-            out = sample(
-                model, [prompt.ids], [seed], dataclasses.replace(how, greedy=config.greedy), device
-            )
-        reply = decoded(
-            tokenizer, prompt.ids, response_ids(out)[0], skip_special_tokens=True
-        ).strip()
+            out = sample(model, [prompt.ids], [seed], sampling, device)
+        ids = response_ids(out)[0]
+        reply = decoded(tokenizer, prompt.ids, ids, skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": reply})
         print(f"policy: {reply}", flush=True)
 
 
 def read(question: str) -> str | None:
-    """A line that is not empty; None at the end of the input."""
+    """The next line that is not empty, None at the end of the input."""
     try:
         while not (line := input(question).strip()):
             pass

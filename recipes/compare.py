@@ -1,14 +1,21 @@
-"""Baselines side by side: the same prompts, seeds and number of generated tokens, several seeds each.
+"""Baselines side by side: the same prompts, the same number of generated tokens, several seeds.
 
-    ./launch.sh compare                                                                the toy, 6 baselines x 5 seeds
-    ./launch.sh compare --policy SFT --train-data P.jsonl --rm-host HOST --rm-port PORT -- --lr 1e-5 --max-new-tokens 64
+    ./launch.sh compare                                        the toy, 6 baselines x 5 seeds
+    ./launch.sh compare --policy SFT --train-data P.jsonl --rm-host HOST --rm-port PORT -- --lr 1e-5
 
-What follows -- goes to every train.py. ReMax pays for its greedy response: every curve is read at the same number of sampled
-tokens, the greedy ones included, and the budget is what the shortest run used. Told are reward, KL and objective over the last
-tenth of it with 95 % intervals over seeds (Student's t), the difference of the objective to RLOO's on the same seeds, and tokens
-and seconds to a given reward. The noise of the gradient estimate is measured by itself, on one policy for all baselines: for a
-step of P prompts, the trace of the estimate's covariance over the squared length of its mean. The initial policy and the last
-one of the first RLOO run are measured, with every seed.
+The flags after -- go to every train.py. ReMax pays for its greedy response: every curve is read at
+the same number of sampled tokens, the greedy ones included. That budget is the number of the
+shortest run. The table has, for each baseline:
+
+- reward, KL and objective over the last tenth of the budget, with 95 % intervals over seeds
+  (Student's t);
+- the difference of the objective to that of RLOO on the same seeds;
+- tokens and seconds to a given reward;
+- the noise of the gradient estimate: for a step of P prompts, the trace of the estimate's
+  covariance over the squared length of its mean.
+
+The noise is measured apart from the runs, on one policy for all baselines. With every seed, the
+initial policy and the last policy of the first RLOO run are measured.
 """
 
 import dataclasses
@@ -23,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -31,7 +37,8 @@ import transformers
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes import toy
+from recipes import compare_plot, toy
+from recipes.compare_plot import Lines, Noise
 from recipes.intervals import student
 from reinforce import own_baseline
 from reinforce.baselines import BASELINES
@@ -46,28 +53,40 @@ from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 from train import judge
 
-Lines = list[dict[str, Any]]  # metrics.jsonl of a run
-Numbers = dict[str, float | None]  # a run at the budget
-Noise = dict[
-    str, list[dict[str, float | None]]
-]  # "initial" and "trained": for each seed, baseline -> ratio
+Numbers = dict[str, float | None]  # of one run, at the budget
 
 ROOT = Path(__file__).resolve().parents[1]
-NOISE_STEP, MEAN_STEP = -3, -4  # of the random numbers: no training step's
+# flags of train.py that the comparison sets
+TAKEN = {
+    *("--baseline", "--seed", "--log-dir"),
+    *("--max-steps", "--save-interval", "--skip-refused"),
+}
+# steps in the seeds of the random numbers: no training step has them
+NOISE_STEP, MEAN_STEP = -3, -4
 
 
 @dataclass(frozen=True)
 class Config:
-    """The flags."""
+    """The flags of recipes/compare.py."""
 
-    policy: str | None = flag(None, "what", "as of train.py (default: the toy)")
-    train_data: str | None = flag(None, "what", "as of train.py")
-    rm_host: str | None = flag(None, "what", "as of train.py")
-    rm_port: int | None = flag(None, "what", "as of train.py")
+    policy: str | None = flag(
+        None,
+        "what",
+        "SFT'd causal language model to train: Hugging Face folder or hub id (default: the toy)",
+    )
+    train_data: str | None = flag(
+        None, "what", "training prompts, in any form that train.py reads (default: the toy's)"
+    )
+    rm_host: str | None = flag(
+        None, "what", "host of serve_rm.py (default for the toy: a server is started)"
+    )
+    rm_port: int | None = flag(
+        None, "what", "port of serve_rm.py (default for the toy: a server is started)"
+    )
     baselines: tuple[str, ...] = flag(
         tuple(BASELINES),
         "what",
-        "which ones; FILE.py:NAME is one of your own",
+        "baselines to compare; FILE.py:NAME is a function of your own",
         nargs="+",
         type=baseline_name,
     )
@@ -78,7 +97,7 @@ class Config:
     )
     jobs: int = flag(1, "size", "runs at a time")
     target: float = flag(
-        1.0, "report", "reward whose cost in tokens and seconds is told (mean of five steps)"
+        1.0, "report", "reward whose cost in tokens and seconds is reported (mean of five steps)"
     )
     log_dir: str | None = flag(
         None, "report", "folder of runs, table and plot (default: a new runs/compare-TIME)"
@@ -89,127 +108,107 @@ class Config:
         refuse(self, positive=("seeds", "max_steps", "jobs"), not_negative=("noise_prompts",))
         if self.seeds < 2:
             raise ConfigError("--seeds must be 2 or more: one run has no interval")
-        own = {
-            "--policy": self.policy,
-            "--train-data": self.train_data,
-            "--rm-host": self.rm_host,
-            "--rm-port": self.rm_port,
-        }
-        if None in own.values() and any(value is not None for value in own.values()):
-            raise ConfigError(f"{', '.join(own)} come as a set (none of them: the toy)")
+        flags = ("--policy", "--train-data", "--rm-host", "--rm-port")
+        values = (self.policy, self.train_data, self.rm_host, self.rm_port)
+        if None in values and any(value is not None for value in values):
+            raise ConfigError(
+                f"{', '.join(flags)} come as a set: give all four (or none of them: the toy)"
+            )
         if "rloo" not in self.baselines:
-            raise ConfigError("--baselines needs rloo, to which the others are compared")
+            raise ConfigError("--baselines needs rloo, to which the others are compared: add it")
         if len(set(map(label, self.baselines))) < len(self.baselines):
-            raise ConfigError("--baselines has the same name twice")
+            raise ConfigError("--baselines has the same name twice: give every name once")
 
 
 def label(baseline: str) -> str:
-    """How a baseline is called in folders, table and plot: of FILE.py:NAME it is the name."""
+    """The name of a baseline in folders, table and plot: of FILE.py:NAME the part NAME."""
     return baseline.rpartition(":")[2]
 
 
 def train_all(config: Config, common: list[str], folder: Path) -> None:
-    """Every baseline with every seed, as train.py runs of their own. Raises FailedError."""
+    """Run train.py for every baseline with every seed. Raises FailedError."""
     jobs = [(b, s) for s in range(config.seeds) for b in config.baselines]
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
 
     def one(job: tuple[str, int]) -> str:
         baseline, seed = job
         run = folder / f"{label(baseline)}-{seed}"
-        size = [
-            "--max-steps",
-            str(config.max_steps),
-            "--save-interval",
-            str(config.max_steps),
-            "--save-top-k",
-            "0",
-        ]
+        steps = str(config.max_steps)
         command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--baseline",
-            baseline,
-            "--seed",
-            str(seed),
-            "--log-dir",
-            str(run),
+            *(sys.executable, str(ROOT / "train.py")),
+            *("--baseline", baseline, "--seed", str(seed), "--log-dir", str(run)),
+            *("--max-steps", steps, "--save-interval", steps, "--save-top-k", "0"),
+            *common,
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(
-            [*command, *size, *common], capture_output=True, text=True, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         return "" if done.returncode == 0 else f"{run}: {done.stderr.strip().splitlines()[-1:]}"
 
     start = time.monotonic()
     with ThreadPoolExecutor(config.jobs) as pool:
-        for n, ((baseline, seed), failure) in enumerate(
-            zip(jobs, pool.map(one, jobs), strict=True), 1
-        ):
+        ended = zip(jobs, pool.map(one, jobs), strict=True)
+        for n, ((baseline, seed), failure) in enumerate(ended, 1):
             if failure:
                 pool.shutdown(cancel_futures=True)
                 raise FailedError(f"a run failed: {failure}")
-            print(
-                f"run {n}/{len(jobs)}  {label(baseline)}, seed {seed}  {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.monotonic() - start
+            progress = f"run {n}/{len(jobs)}  {label(baseline)}, seed {seed}  {seconds:.0f} s"
+            print(progress, flush=True)
 
 
 def read_run(folder: Path) -> Lines:
-    """Lines of a run's metrics.jsonl, with the tokens and seconds up to each."""
+    """Lines of a run's metrics.jsonl, each with the tokens and seconds of the run so far."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    parts = ("rollout", "reward", "reference", "update")
     tokens, seconds = 0, 0.0
     for line in lines:
         tokens += line["tokens"]
-        seconds += sum(
-            line[f"time_{part}"] for part in ("rollout", "reward", "reference", "update")
-        )
+        seconds += sum(line[f"time_{part}"] for part in parts)
         line["tokens_so_far"], line["seconds_so_far"] = tokens, seconds
     return lines
 
 
 def at_budget(lines: Lines, budget: int, target: float) -> Numbers:
-    """A run's numbers over the last tenth of the first `budget` tokens, and what `target` cost (None: never reached)."""
+    """A run's numbers over the last tenth of the first `budget` tokens.
+
+    `tokens` and `seconds` are the cost of a mean reward of `target` over five steps, None if the
+    run never reached it.
+    """
     within = [line for line in lines if line["tokens_so_far"] <= budget]
     late = [line for line in within if line["tokens_so_far"] > 0.9 * budget] or within[-1:]
-    found: Numbers = {
+    numbers: Numbers = {
         name: statistics.fmean(line[name] for line in late) for name in ("reward", "objective")
     }
-    found["kl"] = (
-        statistics.fmean(line["kl"] for line in late) if late[0]["kl"] is not None else None
-    )
-    found["steps"] = float(len(within))
-    smooth = [
-        statistics.fmean(line["reward"] for line in within[max(0, i - 4) : i + 1])
-        for i in range(len(within))
-    ]
-    first = next(
-        (
-            line
-            for line, mean in zip(within, smooth, strict=True)
-            if mean >= target and line["step"] >= 5
-        ),
-        None,
-    )
-    found["tokens"] = None if first is None else float(first["tokens_so_far"])
-    found["seconds"] = None if first is None else first["seconds_so_far"]
-    return found
+    has_kl = late[0]["kl"] is not None
+    numbers["kl"] = statistics.fmean(line["kl"] for line in late) if has_kl else None
+    numbers["steps"] = float(len(within))
+    numbers["tokens"] = numbers["seconds"] = None
+    for i, line in enumerate(within):
+        recent = within[max(0, i - 4) : i + 1]
+        if line["step"] >= 5 and statistics.fmean(x["reward"] for x in recent) >= target:
+            numbers["tokens"] = float(line["tokens_so_far"])
+            numbers["seconds"] = line["seconds_so_far"]
+            break
+    return numbers
 
 
 def gradient_noise(
     actor: Actor, prompts: list[Prompt], names: Sequence[str]
 ) -> dict[str, float | None]:
-    """trace Cov(estimate of one step) / |E estimate|^2 of each baseline, all from the same responses to these prompts.
+    """trace Cov(estimate of one step) / |E estimate|^2 of each baseline.
 
-    With g_p the estimate from prompt p alone, trace Cov = sum_p |g_p - mean|^2 / (n - 1) and a step of P prompts has 1/P of it.
-    |mean|^2 is too large by trace Cov / n, which is taken off; where nothing is left these prompts do not tell it: None.
+    All baselines have the same responses to these prompts. With g_p the estimate from prompt p
+    alone, trace Cov = sum_p |g_p - mean|^2 / (n - 1), and a step of P prompts has 1/P of it.
+    |mean|^2 is too large by trace Cov / n, which is taken off. None if nothing is left: then these
+    prompts are too few.
     """
     config, k = actor.config, actor.config.num_rollouts_per_prompt
     out = actor.sample(prompts, NOISE_STEP)
     greedy = actor.sample_greedy(prompts, NOISE_STEP)
-    other = actor.sample(prompts, MEAN_STEP)  # what a baseline with a state has seen before
-    reward, past = (
-        judge(actor, prompts, rows).objective.view(-1, k) for rows in (out, other)
-    )  # (n, K) each
+    # what a baseline with a state has seen before
+    earlier = actor.sample(prompts, MEAN_STEP)
+    reward = judge(actor, prompts, out).objective.view(-1, k)  # (n, K)
+    past = judge(actor, prompts, earlier).objective.view(-1, k)  # (n, K)
     valid = torch.ones_like(reward, dtype=torch.bool)  # (n, K)
     greedy_reward = judge(actor, prompts, greedy).objective  # (n,)
     advantages = []
@@ -221,18 +220,15 @@ def gradient_noise(
     advantage = torch.stack(advantages).float().to(actor.device)  # (baselines, n, K)
 
     weights = [w for w in actor.model.parameters() if w.requires_grad]
-    total = torch.zeros(
-        len(names), sum(w.numel() for w in weights), device=actor.device
-    )  # (baselines, D)
-    squares = torch.zeros(len(names), dtype=torch.float64)
+    size = sum(w.numel() for w in weights)
+    total = torch.zeros(len(names), size, device=actor.device)  # (baselines, D)
+    squares = torch.zeros(len(names), dtype=torch.float64)  # (baselines,)
     for p in range(len(prompts)):
         scores = []
         for row in range(p * k, (p + 1) * k):
-            part = out.take([row])
-            logp = actor.logp(part)
-            scores.append(
-                torch.cat([g.flatten() for g in torch.autograd.grad(logp.sum(), weights)])
-            )
+            logp = actor.logp(out.take([row]))  # (1, T)
+            gradients = torch.autograd.grad(logp.sum(), weights)
+            scores.append(torch.cat([gradient.flatten() for gradient in gradients]))  # (D,)
         g = advantage[:, p] @ torch.stack(scores) / k  # (baselines, D)
         total += g
         squares += g.double().square().sum(1).cpu()
@@ -248,22 +244,22 @@ def gradient_noise(
 
 
 def measure_noise(settings: TrainConfig, config: Config, trained: Path) -> Noise:
-    """Of the initial policy, and of a trained one: a dictionary a seed."""
-    found: Noise = {"initial": [], "trained": []}
+    """Noise of the gradient under the initial and a trained policy: a dictionary for each seed."""
+    noise: Noise = {"initial": [], "trained": []}
     for seed in range(config.seeds):
         actor, data = set_up(dataclasses.replace(settings, seed=seed))
         prompts = data.prompts
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-        some = [prompts[i] for i in order[: config.noise_prompts]]
-        found["initial"].append(gradient_noise(actor, some, config.baselines))
+        chosen = [prompts[i] for i in order[: config.noise_prompts]]
+        noise["initial"].append(gradient_noise(actor, chosen, config.baselines))
         source = load_policy(str(trained), actor.tokenizer, actor.device)
         actor.model.load_state_dict(source.state_dict())
-        found["trained"].append(gradient_noise(actor, some, config.baselines))
-    return found
+        noise["trained"].append(gradient_noise(actor, chosen, config.baselines))
+    return noise
 
 
-def told(values: Sequence[float | None], form: str) -> str:
-    """Mean and half interval, or how many runs never had the number."""
+def with_interval(values: Sequence[float | None], form: str) -> str:
+    """Mean and half the width of the interval, or how many runs have the number if some lack it."""
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return f"{len(known)} of {len(values)} runs"
@@ -273,128 +269,54 @@ def told(values: Sequence[float | None], form: str) -> str:
 
 def write_table(config: Config, runs: dict[str, list[Numbers]], noise: Noise, budget: int) -> str:
     """The comparison in Markdown."""
-    lines = [
-        "| baseline | reward | KL, nats | objective | objective − RLOO's | steps | tokens to reward "
-        f"{config.target:g} | seconds | noise, initial | noise, trained |",
-        "|" + "---|" * 10,
+    heads = [
+        *("baseline", "reward", "KL, nats", "objective", "objective − RLOO's", "steps"),
+        *(f"tokens to reward {config.target:g}", "seconds", "noise, initial", "noise, trained"),
     ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * 10]
     rloo = [run["objective"] for run in runs["rloo"]]
     for name in config.baselines:
-        own = runs[name]
-        column = {key: [run[key] for run in own] for key in own[0]}
+        column = {key: [run[key] for run in runs[name]] for key in runs[name][0]}
         gain = [(a or 0.0) - (b or 0.0) for a, b in zip(column["objective"], rloo, strict=True)]
         measured = [
-            told([one[name] for one in noise[where]], ".2f") if noise[where] else "–"
-            for where in ("initial", "trained")
+            with_interval([seed[name] for seed in noise[policy]], ".2f") if noise[policy] else "–"
+            for policy in ("initial", "trained")
         ]
         cells = [
             label(name),
-            told(column["reward"], ".3f"),
-            told(column["kl"], ".2f"),
-            told(column["objective"], ".3f"),
-            "–" if name == "rloo" else told(gain, "+.3f"),
-            told(column["steps"], ".0f"),
-            told(column["tokens"], ".0f"),
-            told(column["seconds"], ".1f"),
+            with_interval(column["reward"], ".3f"),
+            with_interval(column["kl"], ".2f"),
+            with_interval(column["objective"], ".3f"),
+            "–" if name == "rloo" else with_interval(gain, "+.3f"),
+            with_interval(column["steps"], ".0f"),
+            with_interval(column["tokens"], ".0f"),
+            with_interval(column["seconds"], ".1f"),
             *measured,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{config.seeds} seeds, the first {budget} sampled tokens of each run; intervals are of 95 %.",
-        ]
-    )
-
-
-def draw(
-    config: Config, curves: dict[str, list[Lines]], noise: Noise, budget: int, path: Path
-) -> None:
-    """Reward against tokens and against KL, and the noise of the gradient."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    grid = np.linspace(0, budget, 60)[1:]
-    for i, name in enumerate(config.baselines):
-        along = {
-            key: np.array([[near(run, t, key) for t in grid] for run in curves[name]])
-            for key in ("reward", "kl")
-        }
-        bands = np.array([student(column.tolist()) for column in along["reward"].T])  # (points, 2)
-        left.plot(grid, bands[:, 0], color=f"C{i}", label=label(name))
-        left.fill_between(
-            grid,
-            bands[:, 0] - bands[:, 1],
-            bands[:, 0] + bands[:, 1],
-            color=f"C{i}",
-            alpha=0.12,
-            linewidth=0,
-        )
-        middle.plot(along["kl"].mean(0), along["reward"].mean(0), color=f"C{i}", label=label(name))
-        ends = [(near(run, budget, "kl"), near(run, budget, "reward")) for run in curves[name]]
-        middle.plot(*zip(*ends, strict=True), "o", color=f"C{i}", markersize=4)
-        for j, where in enumerate(("initial", "trained")):
-            known = [value for one in noise[where] if (value := one[name]) is not None]
-            if len(known) > 1:
-                mean, half = student(known)
-                right.bar(
-                    i + 0.4 * j, mean, 0.36, yerr=half, color=f"C{i}", alpha=1 - 0.5 * j, capsize=3
-                )
-    left.set(xlabel="sampled tokens", ylabel="reward", title="reward, mean of the seeds, 95 % band")
-    middle.set(
-        xlabel="KL to the initial policy, nats",
-        ylabel="reward",
-        title="reward against KL; dots: the seeds at the end",
-    )
-    right.set(
-        xticks=np.arange(len(config.baselines)) + 0.2,
-        xticklabels=[label(name) for name in config.baselines],
-        yscale="log",
-        title="noise of one step's gradient: tr Cov / |mean|²\n(full: initial policy, pale: trained)",
-    )
-    left.legend()
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def near(run: Lines, tokens: float, key: str) -> float:
-    """Mean of the five steps up to a number of tokens."""
-    before = [line[key] or 0.0 for line in run if line["tokens_so_far"] <= tokens]
-    return statistics.fmean(before[-5:] or [run[0][key] or 0.0])
+    budget_line = f"{config.seeds} seeds, the first {budget} sampled tokens of each run"
+    return "\n".join([*lines, "", f"{budget_line}; intervals are of 95 %."])
 
 
 def main() -> None:
-    """Train, measure, tell."""
+    """Train every run, measure the noise, print the table and draw the plot."""
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
     config, extra = parse(Config, __doc__, argv[:split]), argv[split + 1 :]
     given = data_flags(config, (config.rm_host or "127.0.0.1", config.rm_port or 1))
-    settings = parse(TrainConfig, "", [*given, *extra])  # refuse now, not in thirty runs
+    # a flag that train.py refuses is refused now, not in thirty runs
+    settings = parse(TrainConfig, "", [*given, *extra])
     settings = settings.filled(toy.DEFAULTS) if config.policy is None else toy.filled(settings)
     for name in config.baselines:
         own_baseline.check(name, settings.num_rollouts_per_prompt)
-    taken = {
-        "--baseline",
-        "--seed",
-        "--log-dir",
-        "--max-steps",
-        "--save-interval",
-        "--skip-refused",
-    }
-    if own := taken & {word.partition("=")[0] for word in extra}:
+    if refused := TAKEN & {word.partition("=")[0] for word in extra}:
         raise ConfigError(
-            f"{', '.join(sorted(own))} after --: the comparison sets them itself (--help)"
+            f"{', '.join(sorted(refused))} after --: the comparison sets them itself (--help)"
         )
     if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
         raise ConfigError(
-            "the noise of the gradient is measured for the default norm and all rows: add --noise-prompts 0"
+            "the noise of the gradient is measured for the default norm and all rows: "
+            "add --noise-prompts 0"
         )
     if config.log_dir is not None:
         new_folder(config.log_dir, "--log-dir")
@@ -403,9 +325,8 @@ def main() -> None:
         if config.policy is None:
             prepared = toy.prepare()
             address = stack.enter_context(toy.server())
-            config = dataclasses.replace(
-                config, policy=str(prepared / "policy"), train_data=str(prepared / "train.jsonl")
-            )
+            policy, prompts = str(prepared / "policy"), str(prepared / "train.jsonl")
+            config = dataclasses.replace(config, policy=policy, train_data=prompts)
         else:
             address = (str(config.rm_host), int(config.rm_port or 0))
         common = [*data_flags(config, address), *extra]
@@ -414,46 +335,39 @@ def main() -> None:
             name: [read_run(folder / f"{label(name)}-{seed}") for seed in range(config.seeds)]
             for name in config.baselines
         }
-        report(
-            config, curves, {"initial": [], "trained": []}, folder
-        )  # kept if what follows needs more memory than there is
+        # this report stays if the noise needs more memory than the machine has
+        report(config, curves, {"initial": [], "trained": []}, folder)
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)
             last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
-            report(
-                config,
-                curves,
-                measure_noise(toy.filled(parse(TrainConfig, "", common)), config, last),
-                folder,
-            )
+            settings = toy.filled(parse(TrainConfig, "", common))
+            report(config, curves, measure_noise(settings, config, last), folder)
     print(f"\n{(folder / 'compare.md').read_text()}")
     print(f"table {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
     distributed.stop()
 
 
 def report(config: Config, curves: dict[str, list[Lines]], noise: Noise, folder: Path) -> None:
-    """compare.md, compare.json and compare.png."""
+    """Write compare.md, compare.json and compare.png."""
     budget = min(run[-1]["tokens_so_far"] for runs in curves.values() for run in runs)
     results = {
         name: [at_budget(run, budget, config.target) for run in runs]
         for name, runs in curves.items()
     }
+    numbers = {"budget": budget, "runs": results, "noise": noise}
     (folder / "compare.md").write_text(write_table(config, results, noise, budget) + "\n")
-    (folder / "compare.json").write_text(
-        json.dumps({"budget": budget, "runs": results, "noise": noise}, indent=2)
-    )
-    draw(config, curves, noise, budget, folder / "compare.png")
+    (folder / "compare.json").write_text(json.dumps(numbers, indent=2))
+    labels = {name: label(name) for name in curves}
+    compare_plot.draw(curves, labels, noise, budget, folder / "compare.png")
 
 
 def data_flags(config: Config, address: tuple[str, int]) -> list[str]:
-    """train.py's flags for policy, prompts and reward."""
-    flags = {
-        "--policy": config.policy,
-        "--train-data": config.train_data,
-        "--rm-host": address[0],
-        "--rm-port": address[1],
-    }
-    return [word for name, value in flags.items() for word in (name, str(value))]
+    """The flags of train.py for policy, prompts and reward."""
+    host, port = address
+    return [
+        *("--policy", str(config.policy), "--train-data", str(config.train_data)),
+        *("--rm-host", host, "--rm-port", str(port)),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Evaluation: the trained policy against the initial one, on test prompts, by the reward server.
 
-    python recipes/evaluate.py --run runs/latest                                     a run on the toy
+    python recipes/evaluate.py --run runs/latest                     a run on the toy
     python recipes/evaluate.py --run RUN --test-data test.jsonl --rm-host HOST --rm-port PORT
 
-Both policies answer every prompt with the same random numbers. Told are the mean reward of each, the difference and the win rate
-with paired bootstrap intervals (95 %, over prompts), the KL between them, length, how many end, and distinct-n. The run folder
-gets evaluation.json, evaluation.jsonl (every pair of responses) and report.html, a page that needs nothing else.
-The reward is the one that was trained on: it can be fooled, so read the samples, or give the server of another reward model.
+Both policies answer every prompt with the same random numbers. The table has the mean reward of
+each policy, the difference and the win rate with paired bootstrap intervals (95 %, over prompts),
+the KL between the policies, the length of responses, the share that ends, and distinct-n. The run
+folder gets evaluation.json, evaluation.jsonl (every pair of responses) and report.html, a page
+without external resources. The reward is the one that was trained on, and it can be fooled: read
+the samples, or give the server of another reward model.
 """
 
 import base64
@@ -41,86 +43,108 @@ from reinforce.run.resume import date_of
 from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 
+# the run's settings that a flag of evaluation replaces
 OVERRIDES = (
-    "temperature",
-    "max_new_tokens",
-    "rm_wait",
-    "seed",
-    "device",
-    "precision",
-    "skip_bad_lines",
+    *("temperature", "max_new_tokens", "seed"),
+    *("rm_wait", "device", "precision"),
+    *("prompt_key", "label_key", "skip_bad_lines"),
 )
-STEP = -2  # of evaluation's random numbers: neither training's nor validation's
+# the step in the seeds of evaluation's random numbers: neither training nor validation has it
+STEP = -2
 
 
 @dataclass(frozen=True)
 class Config:
-    """The flags."""
+    """The flags of recipes/evaluate.py."""
 
     run: str | None = flag(
         "runs/latest",
         "what",
-        "run folder: its settings, its last checkpoint, and where the report goes",
+        "run folder, which has the settings and the last checkpoint, and gets the report",
     )
     policy: str | None = flag(
         None, "what", "trained policy: folder or hub id (default: the run's last checkpoint)"
     )
     initial_policy: str | None = flag(
-        None, "what", "what it is compared with (default: where the run began)"
+        None,
+        "what",
+        "policy to compare with: folder or hub id (default: the one that the run began with)",
     )
     test_data: str | None = flag(
-        None, "what", "prompts, as train.py reads them (default: the run's validation prompts)"
+        None,
+        "what",
+        "test prompts, in any form that train.py reads (default: the run's validation prompts)",
+    )
+    prompt_key: str | None = flag(
+        None, "what", "column of the prompt in --test-data (default: the run's)"
+    )
+    label_key: str | None = flag(
+        None, "what", "column of the label in --test-data (default: the run's)"
     )
     skip_bad_lines: bool = flag(
         False, "what", "leave out malformed prompt lines and count them, instead of refusing"
     )
-    max_prompts: int = flag(256, "what", "the first so many of them")
+    max_prompts: int = flag(256, "what", "test prompts at most: the first ones")
     rm_host: str | None = flag(
-        None, "reward server", "host of serve_rm.py (a run on the toy: started here)"
+        None, "reward server", "host of serve_rm.py (default for the toy: a server is started)"
     )
-    rm_port: int | None = flag(None, "reward server", "its port")
-    rm_wait: float = flag(0.0, "reward server", "seconds to wait for it")
-    temperature: float | None = flag(None, "sampling", "of both policies (default: the run's)")
-    greedy: bool = flag(False, "sampling", "the likeliest token each time; no KL is measured then")
+    rm_port: int | None = flag(
+        None, "reward server", "port of serve_rm.py (default for the toy: a server is started)"
+    )
+    rm_wait: float = flag(0.0, "reward server", "seconds to wait for the reward server")
+    temperature: float | None = flag(
+        None, "sampling", "sampling temperature of both policies (default: the run's)"
+    )
+    greedy: bool = flag(
+        False, "sampling", "take the likeliest token each time; no KL is measured then"
+    )
     max_new_tokens: int | None = flag(
-        None, "sampling", "response length at most, tokens (default: the run's)"
+        None, "sampling", "tokens of a response at most (default: the run's)"
     )
-    seed: int = flag(0, "sampling", "of every draw")
+    seed: int = flag(0, "sampling", "seed of every draw")
     device: str | None = flag(
-        None, "hardware", "where to compute (default: as the run)", choices=("auto", "cpu", "cuda")
+        None, "hardware", "where to compute (default: the run's)", choices=("auto", "cpu", "cuda")
     )
     precision: str | None = flag(
-        None, "hardware", "as of train.py (default: as the run)", choices=("auto", "fp32", "bf16")
+        None,
+        "hardware",
+        "bf16: bfloat16 matrix products over float32 weights; auto: bf16 where it is fast "
+        "(default: the run's)",
+        choices=("auto", "fp32", "bf16"),
     )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, needed=("run",), positive=("max_prompts", "temperature", "max_new_tokens"))
         if (self.rm_host is None) != (self.rm_port is None):
-            raise ConfigError("--rm-host and --rm-port come together")
+            raise ConfigError("--rm-host and --rm-port come together: give both")
 
 
 def given(config: Config, name: str) -> bool:
-    """Whether a flag of evaluation changes the run's own setting: 0 does, an absent switch does not."""
+    """Whether a flag replaces the setting of the run: 0 does, an absent switch does not."""
     value = getattr(config, name)
     return value is not None and value is not False
 
 
 def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, str]:
-    """train.py's settings for the initial policy on the test prompts, the run folder, and the trained policy."""
+    """Settings of train.py, the run folder, and the trained policy. Raises ConfigError.
+
+    The settings are those of the run, for the initial policy on the test prompts.
+    """
     run = Path(str(config.run))
     try:
         facts = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--run {run}: no run of train.py there ({error})") from error
+        raise ConfigError(f"--run {run} is no run folder of train.py ({error})") from error
     names = {f.name for f in dataclasses.fields(TrainConfig)}
+    facts = {name: fact for name, fact in facts.items() if name in names}
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in names
+        name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()
     }
     base = toy.filled(TrainConfig(**values))
     checkpoints = sorted(run.glob("checkpoints/step-*"))
     if config.policy is None and not checkpoints:
-        raise ConfigError(f"--run {run}: no checkpoints there; give --policy")
+        raise ConfigError(f"--run {run} has no checkpoints; give --policy")
     initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
     host, port = config.rm_host, config.rm_port
     if base.policy is None or toy.is_toy(base.policy):
@@ -132,11 +156,11 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None:
         raise ConfigError(
-            "--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge"
+            "--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to "
+            "judge, and give its address"
         )
-    changes: dict[str, Any] = {
-        name: getattr(config, name) for name in OVERRIDES if given(config, name)
-    }
+    replaced = [name for name in OVERRIDES if given(config, name)]
+    changes: dict[str, Any] = {name: getattr(config, name) for name in replaced}
     base = dataclasses.replace(
         base,
         policy=initial,
@@ -160,17 +184,14 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
 def answer(
     actor: Actor, prompts: list[Prompt], greedy: bool, initial: Actor | None = None
 ) -> list[Group]:
-    """One scored response to each prompt; with `initial`, its KL to that policy, nats."""
-    how = dataclasses.replace(actor.training, greedy=greedy)
-    out = actor.respond(prompts, 1, STEP, how, actor.config.val_rollout_micro_batch_size)
+    """One scored response to each prompt; with `initial`, also its KL to that policy, nats."""
+    sampling = dataclasses.replace(actor.training, greedy=greedy)
+    out = actor.respond(prompts, 1, STEP, sampling, actor.config.val_rollout_micro_batch_size)
     reward, _ = actor.ask(prompts, out)  # (P,)
     distance = None
     if initial is not None and not greedy:
-        distance = (
-            kl.per_response(kl.k1(out.logp, initial.score(initial.scorer, out)), out.mask)
-            .double()
-            .cpu()
-        )  # (P,)
+        token_kl = kl.k1(out.logp, initial.score(initial.scorer, out))  # (P, T)
+        distance = kl.per_response(token_kl, out.mask).double().cpu()  # (P,)
     groups = make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
     return [
         dataclasses.replace(group, prompt=readable(prompt))
@@ -180,15 +201,13 @@ def answer(
 
 def readable(prompt: Prompt) -> str:
     """The prompt without the marks of its chat template."""
-    return (
-        prompt.text
-        if prompt.messages is None
-        else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
-    )
+    if prompt.messages is None:
+        return prompt.text
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages)
 
 
 def summary(groups: list[Group]) -> dict[str, Any]:
-    """Numbers of one policy."""
+    """Reward, length, share of finished responses and distinct-n of one policy."""
     texts = [g.response[0] for g in groups]
     return {
         "reward": dict(zip(("mean", "error"), mean_reward(groups), strict=True)),
@@ -200,25 +219,31 @@ def summary(groups: list[Group]) -> dict[str, Any]:
 
 
 def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
-    """Both policies' numbers, and the paired ones; each list has one group of one response a prompt, in the same order."""
+    """The numbers of each policy, and those of the pair.
+
+    Each list has one group of one response for every prompt, in the same order.
+    """
     difference = [b - a for a, b in zip(rewards_of(before), rewards_of(after), strict=True)]
     wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in difference]
+    divergence = None
+    if after[0].kl:
+        numbers = mean_and_error([group.kl[0] for group in after if group.kl])
+        divergence = dict(zip(("mean", "error"), numbers, strict=True))
     return {
         "prompts": len(before),
         "initial": summary(before),
         "trained": summary(after),
         "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
         "win_rate": {"mean": statistics.fmean(wins), "interval": bootstrap(wins)},
-        "kl": dict(
-            zip(("mean", "error"), mean_and_error([g.kl[0] for g in after if g.kl]), strict=True)
-        )
-        if after[0].kl
-        else None,
+        "kl": divergence,
     }
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of (quantity, initial, trained) as text; a quantity of the pair has its value in the last column."""
+    """Rows of (quantity, initial, trained) as text.
+
+    A quantity of the pair has its value in the last column.
+    """
     a, b = result["initial"], result["trained"]
 
     def interval(x: dict[str, Any], form: str) -> str:
@@ -230,13 +255,8 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(("reward, trained − initial", "", interval(result["difference"], "+.3f")))
     rows.append(("win rate", "", interval(result["win_rate"], ".3f")))
     if result["kl"]:
-        rows.append(
-            (
-                "KL(trained ‖ initial), nats a response",
-                "",
-                f"{result['kl']['mean']:.2f} ± {result['kl']['error']:.2f}",
-            )
-        )
+        divergence = f"{result['kl']['mean']:.2f} ± {result['kl']['error']:.2f}"
+        rows.append(("KL(trained ‖ initial), nats a response", "", divergence))
     names = {
         "length": "tokens a response",
         "finished": "finished",
@@ -250,7 +270,11 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def write_report(
     run: Path, title: str, result: dict[str, Any], before: list[Group], after: list[Group]
 ) -> None:
-    """report.html: the table, the run's curves and every pair of responses, in one file without external resources."""
+    """Write report.html and evaluation.jsonl.
+
+    report.html has the table, the run's curves and every pair of responses, and needs no other
+    file. evaluation.jsonl has the pairs.
+    """
     samples = [
         {
             "prompt": a.prompt,
@@ -263,21 +287,17 @@ def write_report(
     ]
     with (run / "evaluation.jsonl").open("w") as lines:
         lines.writelines(json.dumps(sample) + "\n" for sample in samples)
-    curves = run / "curves.png"
-    image = (
-        f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}"
-        if curves.exists()
-        else ""
-    )
-    data = json.dumps(
-        {"title": title, "table": table(result), "samples": samples, "curves": image}
-    ).replace("<", "\\u003c")
+    curves, image = run / "curves.png", ""
+    if curves.exists():
+        image = f"data:image/png;base64,{base64.b64encode(curves.read_bytes()).decode()}"
+    content = {"title": title, "table": table(result), "samples": samples, "curves": image}
+    data = json.dumps(content).replace("<", "\\u003c")
     page = Path(__file__).with_name("report.html").read_text().replace("{{data}}", data)
     (run / "report.html").write_text(page)
 
 
 def main() -> None:
-    """Sample both, judge both, tell."""
+    """Sample both policies, judge both, print the table and write the report."""
     config = parse(Config, __doc__)
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
@@ -285,12 +305,8 @@ def main() -> None:
         prompts = data.prompts[: config.max_prompts]
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
-        after = answer(
-            dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True)),
-            prompts,
-            config.greedy,
-            initial,
-        )
+        actor = dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True))
+        after = answer(actor, prompts, config.greedy, initial)
     result = compare(before, after)
     print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")
     for name, left, right in [("", "initial", "trained"), *table(result)]:
@@ -300,13 +316,8 @@ def main() -> None:
         print(f"initial {a.reward[0]:+.2f}  {a.response[0].strip()}")
         print(f"trained {b.reward[0]:+.2f}  {b.response[0].strip()}")
     (run / "evaluation.json").write_text(json.dumps(result, indent=2))
-    write_report(
-        run,
-        f"{run.resolve().name}: {Path(trained).name} against the initial policy",
-        result,
-        before,
-        after,
-    )
+    title = f"{run.resolve().name}: {Path(trained).name} against the initial policy"
+    write_report(run, title, result, before, after)
     print(f"\nreport {run}/report.html · {run}/evaluation.json · {run}/evaluation.jsonl")
 
 

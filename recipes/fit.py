@@ -1,4 +1,4 @@
-"""The training loop that SFT and reward-model training share: batches in order, one normaliser a batch, AdamW."""
+"""The training loop of SFT and of reward models: batches in order, one divisor a batch, AdamW."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from reinforce.rollout import micro_batches
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: each example once an epoch, rate warmed up and then decayed to a tenth."""
+    """A plan of training: each example once an epoch, the rate warmed up and decayed to a tenth."""
 
     lr: float
     batch_size: int
@@ -33,39 +33,37 @@ def fit(
     loss_sum: Callable[[list[int]], Tensor],
     plan: Plan,
 ) -> float:
-    """Train in place on examples 0..n-1; return the mean loss of the last tenth of the steps (one step at least).
+    """Train in place on examples 0..n-1 and return the mean loss of the last steps.
 
-    `length` is each example's tokens, `loss_sum(rows)` the summed loss of some examples, `count` what each adds to the divisor
-    (answer tokens for SFT, 1 for a pair). The divisor is the whole batch's, whatever the micro-batches. Raises FailedError.
+    The last steps are the last tenth of all, one step at least. `length` has the number of tokens
+    of each example. `loss_sum(rows)` is the summed loss of some examples. `count` has what each
+    example adds to the divisor: its answer tokens for SFT, 1 for a pair. The divisor is that of the
+    whole batch, whatever the micro-batches. Raises FailedError.
     """
     n = len(length)
     steps = max(1, round(plan.epochs * steps_per_epoch(n, plan.batch_size)))
     optimizer = adamw(model, plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
-    bar = tqdm(
-        range(steps), desc="step", dynamic_ncols=True, disable=plan.quiet or not sys.stderr.isatty()
-    )
+    no_bar = plan.quiet or not sys.stderr.isatty()
+    bar = tqdm(range(steps), desc="step", dynamic_ncols=True, disable=no_bar)
     for step in bar:
         batch = step_prompts(n, plan.batch_size, plan.seed, step)
         divisor, total = sum(count[i] for i in batch), 0.0
-        for part in micro_batches(
-            [length[i] for i in batch], [0] * len(batch), len(batch), plan.micro_batch_tokens
-        ):
+        lengths, zeros = [length[i] for i in batch], [0] * len(batch)
+        for part in micro_batches(lengths, zeros, len(batch), plan.micro_batch_tokens):
             loss = loss_sum([batch[i] for i in part]) / divisor
             loss.backward()
             total += loss.item()
         norm = clip(model, 1.0)
         if not math.isfinite(norm):
             raise FailedError(f"the gradient of step {step + 1} is {norm}; nothing was saved")
-        set_learning_rate(
-            optimizer,
-            learning_rate(step, steps, plan.lr, plan.lr / 10, warmup=steps // 20, constant=0),
-        )
+        rate = learning_rate(step, steps, plan.lr, plan.lr / 10, warmup=steps // 20, constant=0)
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-        if bar.disable and not plan.quiet and ((step + 1) % max(1, steps // 10) == 0):
+        if bar.disable and not plan.quiet and (step + 1) % max(1, steps // 10) == 0:
             print(f"step {step + 1}/{steps}  loss {total:.3f}", flush=True)
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)

@@ -1,10 +1,12 @@
-"""HH-RLHF preference pairs made ready: train.jsonl, test.jsonl and validation.jsonl, split by opening message.
+"""HH-RLHF preference pairs in three files: train.jsonl, test.jsonl and validation.jsonl.
 
     python recipes/hh.py PAIRS.jsonl.gz
 
-Every recipe and train.py read these files as they are: SFT learns the chosen replies, the reward model the pairs, REINFORCE takes
-what both replies answer. No conversation of test.jsonl opens as one that anything was trained on. Reward-model accuracy and the
-final evaluation use test.jsonl; validation.jsonl holds a few prompts of the training side, for the curve.
+Every recipe and train.py read these files as they are: SFT learns the chosen replies, the reward
+model learns the pairs, and REINFORCE takes as prompt what both replies answer. Pairs are split by
+their opening message: no conversation of test.jsonl opens like one that a model was trained on.
+Reward-model accuracy and the final evaluation use test.jsonl. validation.jsonl holds a few prompts
+of the training side, for the validation curve.
 """
 
 import argparse
@@ -21,8 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 from reinforce.data.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
 from reinforce.errors import ConfigError  # noqa: E402
-from reinforce.flags import parse  # noqa: E402
-from reinforce.run.config import TrainConfig  # noqa: E402
 from reinforce.run.exits import run  # noqa: E402
 
 HELD_OUT = 1 / 3
@@ -30,36 +30,36 @@ VALIDATION = 32
 
 
 def write(path: Path, pairs: list[Preference]) -> None:
-    """One pair a line, as chat messages."""
+    """Write one pair a line, as chat messages."""
+
+    def reply(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
     with path.open("w") as file:
         for pair in pairs:
-            replies = {"chosen": pair.chosen, "rejected": pair.rejected}
-            record = {
-                "prompt": pair.prompt,
-                **{k: [{"role": "assistant", "content": text}] for k, text in replies.items()},
-            }
-            file.write(json.dumps(record) + "\n")
+            replies = {"chosen": reply(pair.chosen), "rejected": reply(pair.rejected)}
+            file.write(json.dumps({"prompt": pair.prompt, **replies}) + "\n")
 
 
 def prepare(source: str, skip_bad_lines: bool = False) -> Path:
-    """The folder with the three files, made if it is missing; the same pairs have the same folder. Raises ConfigError."""
+    """The folder with the three files, made if it is missing. Raises ConfigError.
+
+    The same pairs have the same folder.
+    """
     pairs, odd = read_pairs(source, "PAIRS", skip_bad_lines)
     for reason, count in odd.items():
         print(f"{source}: {count} {reason}", file=sys.stderr)
     train, test = split_by_opening(pairs, HELD_OUT)
     count = min(VALIDATION, len(train) // 10)
     train, validation = train[: len(train) - count], train[len(train) - count :]
-    print(
-        f"{source}: {len(train)} pairs to train on, {count} for validation, {len(test)} held out",
-        file=sys.stderr,
-    )
+    sizes = f"{len(train)} pairs to train on, {count} for validation, {len(test)} held out"
+    print(f"{source}: {sizes}", file=sys.stderr)
     if not validation or not test:
         raise ConfigError(
             f"{source}: too few pairs, or too few different openings, to hold some out"
         )
-    content = json.dumps(
-        [[dataclasses.astuple(pair) for pair in part] for part in (train, validation, test)]
-    )
+    parts = [[dataclasses.astuple(pair) for pair in part] for part in (train, validation, test)]
+    content = json.dumps(parts)
     folder = ROOT / "cache" / f"hh-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return folder
@@ -73,30 +73,19 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
 
 
 def main() -> None:
-    """Check what follows as flags of train.py, prepare, and print the folder."""
+    """Prepare the three files and print the name of their folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "pairs",
         metavar="PAIRS",
-        help="jsonl or jsonl.gz with chosen and rejected, a folder, or a hub id",
+        help="pairs, chosen and rejected: jsonl(.gz), json, csv, parquet, folder or hub id",
     )
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out malformed lines and count them"
     )
-    args, flags = parser.parse_known_args()
-    data = [
-        "--policy",
-        "x",
-        "--train-data",
-        "x",
-        "--rm-host",
-        "x",
-        "--rm-port",
-        "1",
-    ]  # not there yet
-    parse(TrainConfig, "", [*data, *flags])
+    args = parser.parse_args()
     print(prepare(args.pairs, args.skip_bad_lines))
 
 

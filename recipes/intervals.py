@@ -1,7 +1,7 @@
 """95 % intervals: Wilson's for a share, the paired bootstrap for a mean over prompts.
 
-See "Probable Inference, the Law of Succession, and Statistical Inference", Wilson (1927) and "An Introduction to the Bootstrap",
-Efron and Tibshirani (1993).
+See "Probable Inference, the Law of Succession, and Statistical Inference", Wilson (1927) and "An
+Introduction to the Bootstrap", Efron and Tibshirani (1993).
 """
 
 import math
@@ -10,41 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 
 Z = 1.959964  # of 95 %, two-sided
-QUANTILES = {  # Student's, by degrees of freedom; above 29 the normal one is within 5 %
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-    10: 2.228,
-    11: 2.201,
-    12: 2.179,
-    13: 2.160,
-    14: 2.145,
-    15: 2.131,
-    16: 2.120,
-    17: 2.110,
-    18: 2.101,
-    19: 2.093,
-    20: 2.086,
-    21: 2.080,
-    22: 2.074,
-    23: 2.069,
-    24: 2.064,
-    25: 2.060,
-    26: 2.056,
-    27: 2.052,
-    28: 2.048,
-    29: 2.045,
-}
+# Student's 97.5 % quantiles for 1 to 29 degrees of freedom; above 29 the normal one is within 5 %
+STUDENT = """
+    12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228
+    2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 2.086
+    2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045
+"""
+QUANTILES = dict(enumerate(map(float, STUDENT.split()), 1))
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """Interval of a share of `hits` among n; ties may count half.
+    """Interval of the share of `hits` among n. A tie may count as half a hit.
 
     >>> [round(x, 3) for x in wilson(60, 100)]
     [0.502, 0.691]
@@ -58,7 +34,9 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of a few independent values, one a seed, and half the width of its interval; see Student (1908).
+    """Mean of a few independent values, and half the width of its interval.
+
+    A value is that of one run or seed. See "The Probable Error of a Mean", Student (1908).
 
     >>> [round(x, 3) for x in student([1.0, 2.0, 3.0])]
     [2.0, 2.484]
@@ -70,19 +48,17 @@ def student(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean of independent values, one a prompt: give differences, and the comparison is paired.
+    """Interval of the mean of independent values, one a prompt.
+
+    With differences of two policies as values, the comparison is paired.
 
     >>> bootstrap([1.0, 1.0, 1.0])
     (1.0, 1.0)
     """
     array = np.asarray(values, dtype=np.float64)
-    means = np.concatenate(
-        [
-            array[
-                np.random.default_rng([seed, i]).integers(len(array), size=(1000, len(array)))
-            ].mean(1)
-            for i in range(draws // 1000)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    n, parts = len(array), []
+    for i in range(draws // 1000):
+        rows = np.random.default_rng([seed, i]).integers(n, size=(1000, n))
+        parts.append(array[rows].mean(1))  # (1000,)
+    low, high = np.quantile(np.concatenate(parts), [0.025, 0.975])
     return float(low), float(high)

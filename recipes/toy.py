@@ -1,11 +1,13 @@
-"""The embedded default: a generated language, a policy SFT'd on it, a reward model trained on preferences about it.
+"""The embedded default: a generated language, a policy and a reward model.
 
-    python recipes/toy.py                    prepare it (train.py and launch.sh do so by themselves)
-    python recipes/toy.py --judge runs/latest    what the grammar itself says of a run, before and after
+    python recipes/toy.py                        prepare the toy (train.py and launch.sh do so, too)
+    python recipes/toy.py --judge runs/latest    judge a run by the grammar, before and after
 
-A text is a short review: "the crust was very superb and the sauce was stale ." The grammar knows a text's sentiment: good
-adjectives minus bad ones, "very" counting double. Training never sees that label; it sees pairs in which the better review
-was preferred, through a reward model, and can therefore fool it: a text that the grammar cannot parse has no sentiment.
+The policy is SFT'd on the language, the reward model is trained on preferences about it. A text is
+a short review: "the crust was very superb and the sauce was stale ." The grammar knows the
+sentiment of a text: good adjectives minus bad ones, "very" counting double. Training never sees
+that label. It sees, through the reward model, pairs in which the better review was preferred.
+Training can therefore fool the reward model: a text that the grammar cannot parse has no sentiment.
 """
 
 import argparse
@@ -49,29 +51,10 @@ from reinforce.run import distributed  # noqa: E402
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
-PEOPLE = [
-    "anna",
-    "ben",
-    "carla",
-    "david",
-    "emma",
-    "felix",
-    "greta",
-    "hugo",
-    "ines",
-    "jonas",
-    "kim",
-    "lena",
-    "max",
-    "nora",
-    "omar",
-    "pia",
-    "quinn",
-    "rosa",
-    "sam",
-    "tara",
-    "uma",
-]
+PEOPLE = """
+    anna ben carla david emma felix greta hugo ines jonas kim
+    lena max nora omar pia quinn rosa sam tara uma
+""".split()  # noqa: SIM905
 PLACES = ["rome", "paris", "oslo", "lima", "cairo", "delhi", "tokyo", "quito"]
 PARTS = {
     "pizza": "crust sauce cheese topping",
@@ -93,10 +76,15 @@ CLAUSE = rf"the ({'|'.join(' '.join(PARTS.values()).split())}) was (very )?({'|'
 MAX_CLAUSES = 3
 MAX_NEW_TOKENS = 24
 DEFAULTS = {"lr": 7e-4, "max_new_tokens": MAX_NEW_TOKENS}  # of train.py's flags
+SOURCES = (
+    *("recipes/toy.py", "recipes/sft.py", "recipes/train_rm.py", "recipes/fit.py"),
+    *("reinforce/sampler.py", "reinforce/logprobs.py"),
+    *("reinforce/serving/reward_model.py", "reinforce/optim.py"),
+)
 
 
 def make_prompt(rng: random.Random) -> tuple[str, str]:
-    """A prompt and the thing that it is about."""
+    """A prompt and the thing that the prompt is about."""
     thing = rng.choice(list(PARTS))
     return f"{rng.choice(PEOPLE)} on the {thing} in {rng.choice(PLACES)} :", thing
 
@@ -112,28 +100,29 @@ def make_review(rng: random.Random, thing: str) -> str:
 
 
 def sentiment(review: str) -> int | None:
-    """The grammar's own label: good minus bad adjectives, "very" counting double; None for a text outside the grammar."""
-    if not re.fullmatch(
-        rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.", review.strip()
-    ):
+    """The grammar's label: good minus bad adjectives, "very" counting double.
+
+    None for a text outside the grammar.
+    """
+    grammar = rf"{CLAUSE}( (and|but) {CLAUSE}){{0,{MAX_CLAUSES - 1}}} \."
+    if not re.fullmatch(grammar, review.strip()):
         return None
     return sum((2 if very else 1) * MOODS[mood] for _, very, mood in re.findall(CLAUSE, review))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    text = f"{' '.join(PEOPLE + PLACES + list(PARTS) + list(PARTS.values()) + list(MOODS))} on the in : was very and but ."
-    vocabulary = {
-        word: i
-        for i, word in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *text.split()]))
-    }
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
+    """A tokenizer with one token a word."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    content = [*PEOPLE, *PLACES, *PARTS, *" ".join(PARTS.values()).split(), *MOODS]
+    function = ["on", "the", "in", ":", "was", "very", "and", "but", "."]
+    words = dict.fromkeys([*special, *content, *function])
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    start = [("<s>", vocabulary["<s>"])]
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=start)
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
@@ -162,36 +151,24 @@ def make_config(tokenizer: Any, **extra: Any) -> LlamaConfig:
 
 def is_toy(policy: str) -> bool:
     """Whether a policy's folder is the toy's, of this version or an earlier one."""
-    place = Path(policy).resolve()
-    return (
-        place.name == "policy"
-        and place.parent.parent == ROOT / "cache"
-        and place.parent.name.startswith("toy-")
-    )
+    folder = Path(policy).resolve()
+    toy = folder.parent
+    return folder.name == "policy" and toy.parent == ROOT / "cache" and toy.name.startswith("toy-")
 
 
 def prepare() -> Path:
-    """The toy's folder, built if it is missing: policy/, reward_model/, train.jsonl, validation.jsonl."""
-    parts = (
-        "recipes/toy",
-        "recipes/sft",
-        "recipes/train_rm",
-        "recipes/fit",
-        "reinforce/sampler",
-        "reinforce/logprobs",
-        "reinforce/serving/reward_model",
-        "reinforce/optim",
-    )
-    sources = [ROOT / f"{p}.py" for p in parts]  # what the toy is made with
+    """The toy's folder, built if it is missing.
+
+    It has policy/, reward_model/, train.jsonl and validation.jsonl. Its name has the hash of the
+    source files that make the toy.
+    """
+    sources = [ROOT / name for name in SOURCES]
     stamp = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:8]
     folder = ROOT / "cache" / f"toy-{stamp}"
     if not folder.is_dir():
         start = time.monotonic()
-        print(
-            "preparing the toy: a language, a policy, a reward model (once) ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice = "preparing the toy: a language, a policy, a reward model (once) ..."
+        print(notice, file=sys.stderr, flush=True)
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -200,24 +177,25 @@ def prepare() -> Path:
             partial.rename(folder)
         except OSError:  # another process was faster
             shutil.rmtree(partial)
-        print(
-            f"{summary}; {time.monotonic() - start:.0f} s, in {folder.relative_to(ROOT)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = time.monotonic() - start
+        result = f"{summary}; {seconds:.0f} s, in {folder.relative_to(ROOT)}"
+        print(result, file=sys.stderr, flush=True)
     return folder
 
 
 def filled(config: TrainConfig) -> TrainConfig:
-    """train.py's settings with the toy's defaults if its policy is trained, else a language model's. Raises ConfigError."""
-    ours = config.policy is None or is_toy(config.policy)
-    return config.filled(DEFAULTS if ours else LANGUAGE_MODEL)
+    """train.py's settings with the defaults that depend on the policy. Raises ConfigError.
+
+    The toy's policy has the toy's defaults, any other policy those of a language model.
+    """
+    on_toy = config.policy is None or is_toy(config.policy)
+    return config.filled(DEFAULTS if on_toy else LANGUAGE_MODEL)
 
 
 def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
-    """train.py's settings with the toy's policy, prompts and reward server if none are named; the server ends with `stack`.
+    """train.py's settings with the toy's policy, prompts and reward server if none are named.
 
-    Every rank calls it, rank 0 prepares and serves.
+    Every rank calls this function. Rank 0 prepares and serves. The server ends with `stack`.
     """
     config = filled(config)
     if config.policy is not None:
@@ -238,27 +216,23 @@ def stand_in(config: TrainConfig, stack: ExitStack) -> TrainConfig:
 
 @contextlib.contextmanager
 def server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
-    """serve_rm.py with the toy's reward model on a free loopback port; ends with this block, or with this process.
+    """serve_rm.py with the toy's reward model on a free loopback port: its host and port.
 
-    `batch` is its --inference-micro-batch-size; at 1 a reward depends on its text alone, bitwise.
+    The server ends with the block, or with this process. `wait` is the time in seconds that it may
+    take to start. `batch` is its --inference-micro-batch-size: at 1 a reward depends on its text
+    alone, bitwise.
     """
     model = prepare() / "reward_model"
-    with tempfile.TemporaryDirectory() as place, (Path(place) / "server.log").open("w+") as log:
-        ready = Path(place) / "ready"
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "server.log").open("w+") as log:
+        ready = Path(folder) / "ready"
         command = [
-            sys.executable,
-            str(ROOT / "serve_rm.py"),
-            "--reward-model",
-            str(model),
-            "--ready-file",
-            str(ready),
-            "--exit-with-parent",
-            "--inference-micro-batch-size",
-            str(batch),
+            *(sys.executable, str(ROOT / "serve_rm.py")),
+            *("--reward-model", str(model)),
+            *("--ready-file", str(ready), "--exit-with-parent"),
+            *("--inference-micro-batch-size", str(batch)),
         ]
-        environment = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        of_rank = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        environment = {name: value for name, value in os.environ.items() if name not in of_rank}
         server = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, env=environment
         )
@@ -267,9 +241,8 @@ def server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
             while not ready.exists():
                 if server.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    raise RuntimeError(
-                        f"the toy's reward server did not start: {log.read()[-2000:]}"
-                    )
+                    end_of_log = log.read()[-2000:]
+                    raise RuntimeError(f"the toy's reward server did not start: {end_of_log}")
                 time.sleep(0.05)
             host, port = ready.read_text().split()
             yield host, int(port)
@@ -282,7 +255,7 @@ def server(wait: float = 120.0, batch: int = 32) -> Iterator[tuple[str, int]]:
 
 
 def build(folder: Path) -> str:
-    """Make the toy in an empty folder; return one line about it."""
+    """Make the toy in an empty folder and return one line about the result."""
     torch.manual_seed(0)
     rng = random.Random(0)
     tokenizer = make_tokenizer()
@@ -295,62 +268,52 @@ def build(folder: Path) -> str:
     def preference() -> train_rm.Pair:
         prompt, thing = make_prompt(rng)
         (a, a_mood), (b, b_mood) = review_ids(thing), review_ids(thing)
+        if a_mood == b_mood:
+            return preference()
         ids = tokenizer(prompt)["input_ids"]
-        return (
-            (ids + a, ids + b)
-            if a_mood > b_mood
-            else (ids + b, ids + a)
-            if a_mood < b_mood
-            else preference()
-        )
+        chosen, rejected = (a, b) if a_mood > b_mood else (b, a)
+        return ids + chosen, ids + rejected
 
     things = [make_prompt(rng) for _ in range(4000)]
     examples = [(tokenizer(prompt)["input_ids"], review_ids(thing)[0]) for prompt, thing in things]
     policy = LlamaForCausalLM(make_config(tokenizer))
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
-    loss = sft.train_sft(
-        policy, examples, pad, Plan(lr=5e-3, batch_size=64, epochs=6.4, seed=1, quiet=True)
-    )
+    plan = Plan(lr=5e-3, batch_size=64, epochs=6.4, seed=1, quiet=True)
+    loss = sft.train_sft(policy, examples, pad, plan)
 
     pairs = [preference() for _ in range(4000)]
     reward_model = LlamaForSequenceClassification(make_config(tokenizer, num_labels=1))
-    train_rm.train_reward_model(
-        reward_model,
-        pairs[:3600],
-        pad,
-        Plan(lr=2e-3, batch_size=64, epochs=2.7, seed=2, quiet=True),
-    )
+    plan = Plan(lr=2e-3, batch_size=64, epochs=2.7, seed=2, quiet=True)
+    train_rm.train_reward_model(reward_model, pairs[:3600], pad, plan)
     accuracy = train_rm.pair_accuracy(reward_model.eval(), pairs[3600:], pad)
     ids = [p for p, _ in examples[:256]]
     responses = sample_ids(policy.eval(), tokenizer, ids, seed=3)
-    train_rm.standardise(
-        reward_model, [list(p) + r for p, r in zip(ids, responses, strict=True)], pad
-    )
+    texts = [list(prompt) + response for prompt, response in zip(ids, responses, strict=True)]
+    train_rm.standardise(reward_model, texts, pad)
 
     for model, name in ((policy, "policy"), (reward_model, "reward_model")):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    prompts = list(
-        dict.fromkeys(prompt for prompt, _ in (make_prompt(rng) for _ in range(100_000)))
-    )
+    prompts = list(dict.fromkeys(make_prompt(rng)[0] for _ in range(100_000)))
     for name, part in (("validation", prompts[-80:]), ("train", prompts[:1600])):
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"prompt": p}) + "\n" for p in part)
-        )
-    return f"SFT loss {loss:.2f} nats a token, reward model right on {accuracy:.0%} of 400 held-out pairs"
+        lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    right = f"reward model right on {accuracy:.0%} of 400 held-out pairs"
+    return f"SFT loss {loss:.2f} nats a token, {right}"
 
 
 def sample_ids(model: nn.Module, tokenizer: Any, prompts: list[Any], seed: int) -> list[list[int]]:
-    """One response each, as token ids."""
-    how = Sampling(MAX_NEW_TOKENS, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
+    """One response to each prompt, as token ids."""
+    ends, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    sampling = Sampling(MAX_NEW_TOKENS, end_ids=ends, pad_id=pad)
     seeds = [row_seed(seed, 0, i, 0) for i in range(len(prompts))]
-    out = sample(model, prompts, seeds, how)
+    out = sample(model, prompts, seeds, sampling)
     return [row[mask].tolist() for row, mask in zip(out.response, out.mask, strict=True)]
 
 
 def judge(name: str, policy: Path, tokenizer: Any) -> str:
-    """What the grammar says of 256 fresh samples of a policy."""
+    """A line of the table: the grammar's judgement of 256 fresh samples of a policy."""
     rng = random.Random(7)
     model = LlamaForCausalLM.from_pretrained(policy)
     prompts = [tokenizer(make_prompt(rng)[0])["input_ids"] for _ in range(256)]
@@ -368,7 +331,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--judge", metavar="RUN", help="run folder whose last checkpoint is judged by the grammar"
+        "--judge", metavar="RUN", help="run folder whose last checkpoint the grammar judges"
     )
     run = parser.parse_args().judge
     transformers.utils.logging.disable_progress_bar()
@@ -378,7 +341,7 @@ def main() -> None:
         return
     checkpoints = sorted(Path(run).glob("checkpoints/step-*"))
     if not checkpoints:
-        sys.exit(f"recipes/toy.py: --judge {run}: no checkpoints there")
+        sys.exit(f"recipes/toy.py: --judge {run}: the folder has no checkpoints")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     print("the grammar's own label of 256 fresh samples:")
     print(f"{'':>8} {'positive':>9} {'grammatical':>12}   a sample")

@@ -1,12 +1,14 @@
-"""Reward-model training on preference pairs, by Bradley-Terry: P(chosen > rejected) = sigmoid(r(chosen) - r(rejected)).
+"""Reward-model training on preference pairs, by the model of Bradley and Terry.
 
     python recipes/train_rm.py --model SFT --pairs PAIRS.jsonl.gz --out RM
 
+    P(chosen > rejected) = sigmoid(r(chosen) - r(rejected))
     loss = -(1/n) sum over pairs of log sigmoid(r(chosen) - r(rejected) - margin)
 
-Any Hugging Face backbone gets a scalar head. Pairs are split by their opening message; what is reported is the share of held-out
-pairs that the model orders as people did, with its 95 % interval. Mean and deviation of its scores are stored in its config.json,
-and serve_rm.py standardises by them.
+Any Hugging Face backbone gets a scalar head. Pairs are split by their opening message. The report
+is the share of held-out pairs that the model orders as people did, with a 95 % interval. Mean and
+deviation of the model's scores are stored in its config.json, and serve_rm.py standardises rewards
+by them.
 """
 
 import sys
@@ -34,43 +36,56 @@ from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
-Pair = tuple[
-    Sequence[int], Sequence[int]
-]  # token ids of prompt and response: the chosen one, the rejected one
+# token ids of prompt and chosen response, and of prompt and rejected response
+Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The flags."""
+    """The flags of recipes/train_rm.py."""
 
     model: str | None = flag(
-        None, "model and data", "backbone to start from, the SFT model say: folder or hub id"
+        None, "model and data", "backbone to start from, say the SFT model: folder or hub id"
     )
     pairs: str | None = flag(
         None,
         "model and data",
-        "chosen and rejected: jsonl, folder or hub id; HH-RLHF or chat messages",
+        "pairs, chosen and rejected, as HH-RLHF or chat messages: jsonl, json, csv, parquet, "
+        "folder or hub id",
     )
     test_pairs: str | None = flag(
-        None, "model and data", "pairs that only measure accuracy (default: --held-out of --pairs)"
+        None,
+        "model and data",
+        "pairs that only measure accuracy (default: the share --held-out of --pairs)",
     )
     held_out: float = flag(
-        0.2, "model and data", "share of the pairs that only measure accuracy, without --test-pairs"
+        0.2,
+        "model and data",
+        "share of --pairs that only measures accuracy; unused with --test-pairs",
     )
-    max_length: int = flag(512, "model and data", "leave out longer conversations, tokens")
-    max_pairs: int | None = flag(None, "model and data", "train on so many pairs at most")
+    max_length: int = flag(
+        512, "model and data", "tokens of a conversation at most; longer pairs are left out"
+    )
+    max_pairs: int | None = flag(None, "model and data", "training pairs at most")
     skip_bad_lines: bool = flag(
         False, "model and data", "leave out malformed lines and count them, instead of refusing"
     )
-    out: str | None = flag(None, "model and data", "folder to write")
-    margin: float = flag(0.0, "training", "by how much the chosen reply's reward must be higher")
+    out: str | None = flag(None, "model and data", "new folder for the reward model")
+    margin: float = flag(
+        0.0, "training", "by how much the reward of the chosen reply must be higher"
+    )
     lr: float = flag(2e-5, "training", "peak learning rate of AdamW")
-    epochs: float = flag(1.0, "training", "times through the pairs")
+    epochs: float = flag(1.0, "training", "times through the training pairs")
     batch_size: int = flag(16, "training", "pairs per optimizer step")
     micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
-    seed: int = flag(0, "training", "of the head and the order")
+    seed: int = flag(0, "training", "seed of the new head and of the order of the pairs")
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "hardware", "as of train.py", choices=("auto", "fp32", "bf16"))
+    precision: str = flag(
+        "auto",
+        "hardware",
+        "bf16: bfloat16 matrix products over float32 weights; auto: bf16 where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
 
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
@@ -87,25 +102,28 @@ def train_reward_model(
     margin: float = 0.0,
     bf16: bool = False,
 ) -> float:
-    """Train in place; return the last loss, nats a pair (0.69 for a model that knows nothing)."""
+    """Train in place and return the last loss, nats a pair.
+
+    A model that knows nothing has a loss of 0.69.
+    """
     device = next(model.parameters()).device
 
     def loss_sum(rows: list[int]) -> torch.Tensor:
+        texts = [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows]
         with devices.autocast(device, bf16):
-            rewards = score(
-                model, [pairs[i][0] for i in rows] + [pairs[i][1] for i in rows], pad_id
-            )  # (2n,)
+            rewards = score(model, texts, pad_id)  # (2n,)
         chosen, rejected = rewards.chunk(2)  # (n,) each
         return bradley_terry_loss(chosen - margin, rejected) * len(rows)
 
-    return fit(model, [2 * max(len(c), len(r)) for c, r in pairs], [1] * len(pairs), loss_sum, plan)
+    length = [2 * max(len(chosen), len(rejected)) for chosen, rejected in pairs]
+    return fit(model, length, [1] * len(pairs), loss_sum, plan)
 
 
 @torch.no_grad()
 def scores(
     model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
 ) -> torch.Tensor:
-    """Reward of each sequence, (n,) float32 on the CPU, in batches of similar length."""
+    """Reward of each sequence, (n,) float32 on the CPU, computed in batches of similar length."""
     device = next(model.parameters()).device
     out = torch.zeros(len(sequences))
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -120,16 +138,19 @@ def pair_accuracy(
     model: nn.Module, pairs: Sequence[Pair], pad_id: int, bf16: bool = False
 ) -> float:
     """Share of pairs whose chosen response gets the higher reward; equal rewards count half."""
-    chosen, rejected = (
-        scores(model, [c for pair in pairs for c in pair], pad_id, bf16).view(-1, 2).unbind(1)
-    )
+    sequences = [sequence for pair in pairs for sequence in pair]
+    rewards = scores(model, sequences, pad_id, bf16)  # (2n,)
+    chosen, rejected = rewards.view(-1, 2).unbind(1)  # (n,) each
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
 def standardise(
     model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
 ) -> tuple[float, float]:
-    """Mean and deviation of the reward on these sequences, stored in the model's config, where serve_rm.py finds them."""
+    """Mean and deviation of the reward on these sequences.
+
+    Both are stored in the model's config, where serve_rm.py finds them.
+    """
     rewards = scores(model, sequences, pad_id, bf16)
     mean, std = rewards.mean().item(), rewards.std().item()
     cast(Any, model).config.reward_mean, cast(Any, model).config.reward_std = mean, std
@@ -137,7 +158,10 @@ def standardise(
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[Preference], max_length: int) -> list[Pair]:
-    """Both conversations of each pair as the server will render them, without those that are too long."""
+    """Both conversations of each pair, rendered as serve_rm.py renders them.
+
+    A pair with a conversation of more than `max_length` tokens is left out.
+    """
     encoded: list[Pair] = []
     for pair in pairs:
         replies = (
@@ -150,56 +174,55 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Preference], max_length: int) -
     return encoded
 
 
-def tell(odd: dict[str, int], flag: str) -> None:
-    """Print what was odd about a file's pairs."""
+def print_odd(odd: dict[str, int], flag: str) -> None:
+    """Print how many pairs of a file were odd, and for what reason."""
     for reason, count in odd.items():
         print(f"{flag}: {count} {reason}")
 
 
 def main() -> None:
-    """Read, split, train, measure, save."""
+    """Read the pairs, split them, train, measure the accuracy and save the model."""
     config = parse(Config, __doc__)
     assert config.model is not None and config.pairs is not None and config.out is not None
     found, odd = read_pairs(config.pairs, "--pairs", config.skip_bad_lines)
-    tell(odd, "--pairs")
+    print_odd(odd, "--pairs")
     if config.test_pairs is None:
         sides = split_by_opening(found, config.held_out)
     else:
         test, odd = read_pairs(config.test_pairs, "--test-pairs", config.skip_bad_lines)
-        tell(odd, "--test-pairs")
+        print_odd(odd, "--test-pairs")
         sides = found, test
     new_folder(config.out, "--out")
     tokenizer = with_template(load_tokenizer(config.model, "--model"), "--model")
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
     train, held_out = (encode_pairs(tokenizer, part, longest) for part in sides)
     train = train[: config.max_pairs]
-    print(
-        f"--pairs: {len(train)} to train on, {len(held_out)} held out, of at most {longest} tokens"
-    )
+    sizes = f"{len(train)} to train on, {len(held_out)} held out"
+    print(f"--pairs: {sizes}, of at most {longest} tokens")
     if not train or not held_out:
         raise ConfigError(
-            "--pairs: one side of the split is empty; give more pairs, another --held-out or --max-length"
+            "--pairs: one side of the split is empty; "
+            "give more pairs, another --held-out or --max-length"
         )
     device = devices.pick(config.device)
     torch.manual_seed(config.seed)
     model = new_reward_model(config.model, tokenizer, device, "--model")
-    bf16 = devices.use_bf16(config.precision, device, sum(w.numel() for w in model.parameters()))
-    print(
-        f"device {device} · {'bf16' if bf16 else 'fp32'} · {sum(w.numel() for w in model.parameters()) / 1e6:.1f}M parameters"
-    )
+    size = sum(w.numel() for w in model.parameters())
+    bf16 = devices.use_bf16(config.precision, device, size)
+    print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {size / 1e6:.1f}M parameters")
 
+    pad = tokenizer.pad_token_id
     plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
-    loss = train_reward_model(model, train, tokenizer.pad_token_id, plan, config.margin, bf16)
-    accuracy = pair_accuracy(model, held_out, tokenizer.pad_token_id, bf16)
+    loss = train_reward_model(model, train, pad, plan, config.margin, bf16)
+    accuracy = pair_accuracy(model, held_out, pad, bf16)
     low, high = wilson(accuracy * len(held_out), len(held_out))
-    mean, std = standardise(
-        model, [s for pair in train[:256] for s in pair], tokenizer.pad_token_id, bf16
-    )
+    sequences = [sequence for pair in train[:256] for sequence in pair]
+    mean, std = standardise(model, sequences, pad, bf16)
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    print(
-        f"held-out accuracy {accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(held_out)} pairs; loss {loss:.3f}"
-    )
+    interval = f"95 % interval {low:.3f} to {high:.3f}"
+    pairs = f"{len(held_out)} pairs"
+    print(f"held-out accuracy {accuracy:.3f} ({interval}) on {pairs}; loss {loss:.3f}")
     print(f"scores: mean {mean:.3f}, deviation {std:.3f}, stored in {config.out}/config.json")
 
 

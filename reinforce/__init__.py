@@ -6,14 +6,15 @@ Read in this order, and stop after the eighth:
 
 Notation, the same in every file:
 
-    P  prompts of a step            K  responses per prompt        B = P*K rows; row b belongs to prompt b // K
-    S  prompt length, tokens        T  response length, tokens     V  vocabulary size
+    P  prompts of a step     K  responses per prompt     B  P * K rows: row b is of prompt b // K
+    S  prompt length         T  response length          V  vocabulary size
 
-    logp      (B, T)  log pi(token) of response tokens under the distribution that is sampled, softmax(logits / temperature)
-    ref_logp  (B, T)  the same tokens under the frozen initial policy, same temperature, same masked tokens
-    mask      (B, T)  True on response tokens, the end token included; made from lengths, never from token ids
-    reward    (P, K)  what the reward model says               objective (P, K)  R = reward - beta * KL
-    advantage (P, K)  A = R - baseline(R)
+    logp       (B, T)  log pi(token) of response tokens, pi = softmax(logits / temperature)
+    ref_logp   (B, T)  the same under the frozen initial policy
+    mask       (B, T)  True on response tokens, the end token included; from lengths, never from ids
+    reward     (P, K)  r, what the reward model says
+    objective  (P, K)  R = reward - beta * KL
+    advantage  (P, K)  A = R - baseline(R)
 
 Four shelves; imports point one way, and tests/test_house.py holds them to it:
 
@@ -24,13 +25,14 @@ Four shelves; imports point one way, and tests/test_house.py holds them to it:
 
 As a library, recipes/library.py is one step on a model of one's own:
 
-    from reinforce import Sampling, Scorer, k1, load_policy, per_response, reinforce_loss, rloo, sample
+    from reinforce import Sampling, Scorer, k1, per_response, reinforce_loss, rloo, sample
 """
 
 import importlib
 from typing import Any
 
-EXPORTS = {  # name -> its module, imported when the name is first asked for: `import reinforce` alone loads no PyTorch
+# Name -> module, imported when the name is first asked for: `import reinforce` loads no PyTorch
+EXPORTS = {
     **dict.fromkeys(("Ema", "group_mean", "grpo", "remax", "rloo"), "baselines"),
     **dict.fromkeys(("k1", "per_response"), "kl"),
     **dict.fromkeys(("clipped_loss", "reinforce_loss"), "loss"),

@@ -1,12 +1,14 @@
 """Baselines: objective R (P, K) -> advantage A = R - b (P, K), as pure functions.
 
-A baseline that does not depend on the row's own response leaves E[A * grad log pi] equal to the gradient of E[R] and only
-changes its variance: E[b * grad log pi(y)] = b * sum_y grad pi(y) = 0. `none`, `Ema`, `rloo` and `remax` are of that kind.
-`group_mean` and `grpo` are not, and their docstrings say by how much.
+A baseline that does not depend on the row's own response leaves E[A * grad log pi] equal to the
+gradient of E[R] and only changes its variance: E[b * grad log pi(y)] = b * sum_y grad pi(y) = 0.
+`none`, `Ema`, `rloo` and `remax` are of that kind. `group_mean` and `grpo` are not, and their
+docstrings say by how much.
 
-`valid` (P, K) bool marks the rows that count. Rows that do not get advantage 0, and their rewards, NaN included, are
-never read. None of these functions writes to its inputs. Left out: whitening over the batch, and leave-one-out with a
-standard deviation, which explodes (rewards 1, 0, 0, 0 give advantages of a million).
+`valid` (P, K) bool marks the rows that count. Rows that do not get advantage 0, and their rewards,
+NaN included, are never read. None of these functions writes to its inputs. Left out: whitening over
+the batch, and leave-one-out with a standard deviation, which explodes (rewards 1, 0, 0, 0 give
+advantages of a million).
 """
 
 from collections.abc import Callable
@@ -18,7 +20,10 @@ from torch import Tensor
 
 
 def _checked(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (reward with 0 where invalid, valid), both (P, K). Raises ValueError on any other shape or type."""
+    """Return (reward with 0 where invalid, valid), both (P, K).
+
+    Raises ValueError on any other shape or type.
+    """
     if reward.ndim != 2 or not reward.is_floating_point():
         raise ValueError(
             f"reward must be a float tensor (P, K), got {reward.dtype} {tuple(reward.shape)}"
@@ -33,10 +38,11 @@ def _checked(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (rewards minus their group's first valid one (P, K), valid (P, K), valid rows per group (P, 1)).
+    """Return rewards minus their group's first valid one (P, K), valid (P, K), and its sums (P, 1).
 
-    Group baselines do not change when a constant is added to a group. Subtracting a member first makes equal rewards give
-    exactly 0: the mean of seven equal floats is often one rounding off, and `grpo` would divide that by almost nothing.
+    Group baselines do not change when a constant is added to a group. Subtracting a member first
+    makes equal rewards give exactly 0: the mean of seven equal floats is often one rounding off,
+    and `grpo` would divide that by almost nothing.
     """
     reward, valid = _checked(reward, valid)
     first = reward.gather(1, valid.int().argmax(1, keepdim=True))  # (P, 1)
@@ -47,7 +53,8 @@ def _shifted(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def none(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """No baseline: A = R. Unbiased, and noisy where rewards are far from 0.
 
-    See "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Williams (1992).
+    See "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
+    Williams (1992).
 
     >>> none(torch.tensor([[1.0, 3.0]]))
     tensor([[1., 3.]])
@@ -56,27 +63,30 @@ def none(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def rloo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Leave-one-out: A_i = R_i - mean of the other valid rewards of the group. Unbiased; needs K >= 2.
+    """Leave-one-out: A_i = R_i - mean of the group's other valid rewards. Unbiased; needs K >= 2.
 
-    The baseline of row i never sees R_i. Equal to K/(K-1) * (R_i - group mean). A group with one valid row gets 0.
-    See "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", Ahmadian et
-    al. (2024, arXiv 2402.14740) and "Buy 4 REINFORCE Samples, Get a Baseline for Free!", Kool et al. (2019).
+    The baseline of row i never sees R_i. Equal to K/(K-1) * (R_i - group mean). A group with one
+    valid row gets 0.
+
+    See "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+    LLMs", Ahmadian et al. (2024, arXiv 2402.14740), and "Buy 4 REINFORCE Samples, Get a Baseline
+    for Free!", Kool et al. (2019).
 
     >>> rloo(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     tensor([[ 0.3333, -1.0000, -1.0000,  1.6667]])
     """
     reward, valid, n = _shifted(reward, valid)
-    others = (reward.sum(1, keepdim=True) - reward) / (n - 1).clamp(
-        min=1
-    )  # (P, K), mean over valid j != i
+    total = reward.sum(1, keepdim=True)  # (P, 1)
+    others = (total - reward) / (n - 1).clamp(min=1)  # (P, K), mean over valid j != i
     return (reward - others).masked_fill(~valid | (n < 2), 0.0)
 
 
 def group_mean(reward: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Group mean, own reward included: A_i = R_i - mean(R). Biased: E[gradient] = (K-1)/K times the true one.
+    """Group mean, the row's own reward included: A_i = R_i - mean(R). Biased.
 
-    A constant factor, so a smaller learning rate and nothing more while every row is valid.
-    See "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), Liu et al. (2025, arXiv 2503.20783).
+    E[gradient] = (K-1)/K times the true one: a smaller learning rate, and nothing more while every
+    row is valid. See "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), Liu
+    et al. (2025, arXiv 2503.20783).
 
     >>> group_mean(torch.tensor([[1.0, 0.0, 0.0, 3.0]]))
     tensor([[ 0., -1., -1.,  2.]])
@@ -87,11 +97,12 @@ def group_mean(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def grpo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Group mean over group deviation: A_i = (R_i - mean(R)) / (std(R) + 1e-6), std with n-1 over valid rows.
+    """Group mean over group deviation: A_i = (R_i - mean(R)) / (std(R) + 1e-6). Biased.
 
-    Biased in direction, not in length alone: a group's weight depends on its own rewards, so prompts whose rewards differ
-    little count as much as those where they differ a lot. On the enumerated language of the tests (K = 3) the cosine to the
-    true gradient is 0.84. See "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
+    std divides by n - 1, n valid rows. The bias is in direction, not in length alone: a group's
+    weight depends on its own rewards, so prompts whose rewards differ little count as much as those
+    where they differ a lot. On the enumerated language of the tests (K = 3) the cosine to the true
+    gradient is 0.84. See "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
 
     >>> grpo(torch.tensor([[1.0, 3.0]]))
     tensor([[-0.7071,  0.7071]])
@@ -106,9 +117,10 @@ def grpo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """ReMax: A_i = R_i - R(greedy response of the same prompt), greedy_reward (P,). Unbiased.
 
-    The greedy response is a function of the prompt, not of the sampled response. It costs one more response per prompt,
-    is scored exactly as the others, and is never in the loss. See "ReMax: A Simple, Effective, and Efficient
-    Reinforcement Learning Method for Aligning Large Language Models", Li et al. (2023, arXiv 2310.10505).
+    The greedy response is a function of the prompt, not of the sampled response. It costs one more
+    response per prompt, is scored exactly as the others, and is never in the loss. See "ReMax: A
+    Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
+    Models", Li et al. (2023, arXiv 2310.10505).
 
     >>> remax(torch.tensor([[1.0, 3.0]]), torch.tensor([2.0]))
     tensor([[-1.,  1.]])
@@ -122,10 +134,11 @@ def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) ->
 
 
 class Ema:
-    """Moving average of past rollouts: A = R - b, then b <- decay * b + (1 - decay) * mean(valid R). Unbiased.
+    """Moving average of past rollouts: A = R - b. Unbiased.
 
-    b starts at 0 and is not bias-corrected: a value taken from the first batch would depend on the very rows it is
-    subtracted from. See Williams (1992), "reinforcement comparison".
+    Then b <- decay * b + (1 - decay) * mean(valid R). b starts at 0 and is not bias-corrected: a
+    value taken from the first batch would depend on the very rows it is subtracted from. See
+    Williams (1992), "reinforcement comparison".
 
     >>> baseline = Ema(decay=0.9)
     >>> baseline(torch.tensor([[1.0, 3.0]])), round(baseline.value, 6)
@@ -162,9 +175,8 @@ class Ema:
 class Baseline:
     """An estimator as the loop calls it, and what it needs."""
 
-    function: Callable[
-        ..., Tensor
-    ]  # (R, valid) -> A; with a greedy response (R, greedy R, valid) -> A
+    # (R, valid) -> A; with a greedy response (R, greedy R, valid) -> A
+    function: Callable[..., Tensor]
     min_k: int = 1  # responses of one prompt
     needs_greedy: bool = False  # R of the greedy response, too
 
@@ -187,9 +199,8 @@ class Baseline:
             self.function.state = state
 
 
-BASELINES: dict[
-    str, Callable[[float], Baseline]
-] = {  # --baseline -> what it is called with: --ema-decay
+Maker = Callable[[float], Baseline]  # called with --ema-decay
+BASELINES: dict[str, Maker] = {  # the names of --baseline
     "none": lambda decay: Baseline(none),
     "ema": lambda decay: Baseline(Ema(decay)),
     "rloo": lambda decay: Baseline(rloo, min_k=2),

@@ -1,6 +1,7 @@
 """Where to compute, and in which precision.
 
-bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and softmax in float32.
+bf16 here means torch.autocast: matrix products in bfloat16, weights, norms, the residual stream and
+softmax in float32.
 """
 
 import os
@@ -13,7 +14,7 @@ SMALL = 10_000_000  # parameters; below this bf16 gains nothing
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises ConfigError for a GPU that is not there."""
+    """The device of this process. Raises ConfigError on a GPU that is missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto"
@@ -21,19 +22,22 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
         raise ConfigError(
-            f"--device: rank {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} here)"
+            f"--device: rank {local_rank} of this machine has no GPU of its own ({count} here); "
+            "start fewer processes, or give --device cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones: a rule, not a measurement, so that all ranks agree.
+    """Whether bfloat16 matrix products are faster than float32 ones.
 
-    On a GPU that has them, on Arm with bf16, on x86 with AMX, and on AMD with AVX512-BF16 (710 against 190 GFLOP/s on an EPYC
-    of two cores). On a Xeon without AMX the same instructions are slower than float32 (147 against 260 GFLOP/s). See
-    bench/precision.py.
+    A rule and not a measurement, so that all ranks agree: on a GPU that has them, on Arm with bf16,
+    on x86 with AMX, and on AMD with AVX512-BF16 (710 against 190 GFLOP/s on an EPYC of two cores).
+    On a Xeon without AMX the same instructions are slower than float32 (147 against 260 GFLOP/s).
+    See bench/precision.py.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -42,16 +46,15 @@ def bf16_is_fast(device: torch.device) -> bool:
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("amx_bf16") or capabilities.get("bf16"):
         return True
-    return bool(capabilities.get("avx512_bf16")) and str(
-        capabilities.get("cpu_name", "")
-    ).startswith("AMD")
+    processor = str(capabilities.get("cpu_name", ""))
+    return bool(capabilities.get("avx512_bf16")) and processor.startswith("AMD")
 
 
 def use_bf16(precision: str, device: torch.device, parameters: int) -> bool:
-    """What --precision means for a model of so many parameters."""
-    return precision == "bf16" or (
-        precision == "auto" and parameters > SMALL and bf16_is_fast(device)
-    )
+    """Whether --precision means bfloat16 for a model of so many parameters."""
+    if precision == "auto":
+        return parameters > SMALL and bf16_is_fast(device)
+    return precision == "bf16"
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -60,9 +63,10 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 
 def only_deterministic() -> None:
-    """Let this process use algorithms alone that give the same bits each time; an operation that has none raises.
+    """Use only algorithms that give the same bits each time; an operation that has none raises.
 
-    See PyTorch's notes on reproducibility. cuBLAS reads its variable when its first product is computed, so call this before.
+    See PyTorch's notes on reproducibility. cuBLAS reads its variable when its first product is
+    computed, so call this before.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,7 @@
-"""The three ways a run ends early on purpose, each with one sentence; any other exception is a bug (exit code 1)."""
+"""The three ways in which a run ends early on purpose, each with one sentence.
+
+Any other exception is a bug, and ends with exit code 1 and its traceback.
+"""
 
 
 class ConfigError(Exception):
@@ -10,4 +13,4 @@ class RetryError(Exception):
 
 
 class FailedError(Exception):
-    """The run cannot go on and another try would not help, a wrong answer of the reward server, say. Exit code 1."""
+    """Another try would not help: a wrong answer of the reward server, say. Exit code 1."""

@@ -1,8 +1,10 @@
-"""A frozen dataclass becomes the command line: one field a flag, with its group, unit and default in --help."""
+"""A frozen dataclass becomes a command line: each field is a flag with group, help and default."""
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
@@ -10,11 +12,15 @@ from typing import Any, NoReturn, TypeVar
 from reinforce.errors import ConfigError
 
 C = TypeVar("C")
+METAVAR: dict[Any, str] = {int: "N", float: "X"}  # what stands for a value in --help; else NAME
 
 
-def flag(default: Any, group: str, help: str, **how: Any) -> Any:
-    """A dataclass field that knows its help text; `how` goes to argparse (choices, nargs, type)."""
-    return field(default=default, metadata={"group": group, "help": help, **how})
+def flag(default: Any, group: str, help: str, **options: Any) -> Any:
+    """A dataclass field that knows its help text.
+
+    `options` go to argparse: choices, nargs, type.
+    """
+    return field(default=default, metadata={"group": group, "help": help, **options})
 
 
 def refuse(
@@ -23,22 +29,23 @@ def refuse(
     positive: Sequence[str] = (),
     not_negative: Sequence[str] = (),
 ) -> None:
-    """Raise ConfigError on a needed field that is None, or on a number out of its range; None passes the other two."""
+    """Raise ConfigError on a needed field that is None, or on a number out of its range.
+
+    None is neither refused as `positive` nor as `not_negative`.
+    """
     for name in needed:
         if getattr(config, name) is None:
             raise ConfigError(f"{spelled(name)} is missing (--help lists every flag)")
     for name in positive:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(
-                f"{spelled(name)} is {value}; it must be positive{' and finite' if value == math.inf else ''}"
-            )
+            need = "be positive and finite" if value == math.inf else "be positive"
+            raise ConfigError(f"{spelled(name)} is {value}; it must {need}")
     for name in not_negative:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(
-                f"{spelled(name)} is {value}; it must {'be finite' if value == math.inf else 'not be negative'}"
-            )
+            need = "be finite" if value == math.inf else "not be negative"
+            raise ConfigError(f"{spelled(name)} is {value}; it must {need}")
 
 
 def spelled(name: str) -> str:
@@ -49,13 +56,18 @@ def spelled(name: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence, as a ConfigError, instead of a page of usage."""
-        raise ConfigError(f"{message} (--help lists every flag)")
+        near: list[str] = []
+        if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
+        raise ConfigError(f"{message} ({hint})")
 
 
 def parse(config: type[C], description: str, argv: Sequence[str] | None = None) -> C:
-    """The dataclass, filled from a command line (sys.argv by default) and checked. Raises ConfigError; --help exits.
+    """The dataclass, filled from a command line and checked. Raises ConfigError; --help exits.
 
-    A dataclass with a field `preset` has the defaults of each preset in `PRESETS`.
+    Without `argv` the command line is sys.argv. A dataclass with a field `preset` takes its
+    defaults from the preset of that name in `PRESETS`.
     """
     parser = _Parser(
         description=description,
@@ -64,33 +76,33 @@ def parse(config: type[C], description: str, argv: Sequence[str] | None = None) 
     )
     groups: dict[str, Any] = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        how = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
-        if f.metadata["group"] not in groups:
-            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
-        group = groups[f.metadata["group"]]
-        text = f.metadata["help"].replace("%", "%%")
-        if isinstance(f.default, bool):
-            group.add_argument(spelled(f.name), action="store_true", help=text)
-            continue
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        if shown not in (None, ""):
-            text += f" (default: {shown})"
-        how.setdefault("type", _number(str(f.type)))
-        how.setdefault(
-            "metavar",
-            None
-            if "choices" in how
-            else {int: "N", float: "X", str: "NAME"}.get(how["type"], "NAME"),
-        )
-        group.add_argument(spelled(f.name), default=f.default, help=text, **how)
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        _add(groups[group], f)
     preset = getattr(parser.parse_args(argv), "preset", None)
     parser.set_defaults(**getattr(config, "PRESETS", {}).get(preset, {}))
-    values = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()
-    }
+    given = vars(parser.parse_args(argv))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     parsed = config(**values)
     parsed.check()  # type: ignore[attr-defined]
     return parsed
+
+
+def _add(group: Any, f: "dataclasses.Field[Any]") -> None:
+    """Add a field's flag to a group of argparse."""
+    text = f.metadata["help"].replace("%", "%%")
+    if isinstance(f.default, bool):
+        group.add_argument(spelled(f.name), action="store_true", help=text)
+        return
+    shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+    if shown not in (None, ""):
+        text += f" (default: {shown})"
+    options = {k: v for k, v in f.metadata.items() if k not in ("group", "help")}
+    options.setdefault("type", _number(str(f.type)))
+    if "choices" not in options:
+        options.setdefault("metavar", METAVAR.get(options["type"], "NAME"))
+    group.add_argument(spelled(f.name), default=f.default, help=text, **options)
 
 
 def _number(annotation: str) -> type:

@@ -1,12 +1,13 @@
-"""Is this model's log pi the same wherever it is asked? Asked once, at the start, of a few tokens, before anything trains.
+"""Is a model's log pi of a token the same however it is computed? Measured before anything trains.
 
-    sampler against scorer       token by token with a cache, and in one pass: what is sampled is what is trained
-    a padded row against itself  alone: log pi must not depend on the neighbours
-    with checkpointing           if it is asked for, against without
+    sampler and scorer                      token by token with a cache; in one pass
+    a row in a batch and the row alone      log pi must not depend on the neighbours
+    with and without checkpointing          where --gradient-checkpointing is given
 
-A model that fails any of these would train another policy than the one that is sampled, and nothing would show it but the
-result. Encoders, recurrent models without a usable cache and broken checkpoints fail here, in one sentence. A gap is looked at
-twice, on other prompts, since a router may flip at a tie. What it does not see: lengths far beyond a few tokens.
+A model that fails one of these would train another policy than the one that is sampled, and nothing
+but the result would show it. Encoders, recurrent models without a usable cache and broken
+checkpoints fail here, in one sentence. A gap counts if other prompts show it as well, since a
+router may flip at a tie. Left out: lengths far beyond a few tokens.
 """
 
 import time
@@ -22,26 +23,28 @@ from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks, first_line
 from reinforce.rollout import Rollout
 from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.sharing import prompt_may_run_once
 
 GAP = 0.01  # nats a token; rounding in float32 gives 1e-5
-TOKENS = 3  # of each response
-LONGEST = 8  # tokens of a prompt
-K = 2
+TOKENS = 3  # length of each response
+LONGEST = 8  # tokens of a prompt at most
+K = 2  # responses to each of two prompts
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a model that may be trained."""
+    """The measurements of a model that may be trained."""
 
     plain: bool  # logits are the output head applied to the last hidden states
+    shares_prompt: bool  # a prompt that runs once for all its rows gives the same
     sampling: float  # largest |sampler's - scorer's logp| of a token
     padding: float  # largest |logp in a batch - logp alone| of a token
-    unused: tuple[str, ...]  # parameters that no gradient reaches, those of routed experts left out
+    unused: tuple[str, ...]  # parameters that no gradient reaches, without those of routed experts
     seconds: float
 
 
 def head_is_plain(model: nn.Module) -> bool:
-    """Whether the logits of this causal language model are its output head applied to the base model's last hidden state."""
+    """Whether logits are the model's output head applied to its base model's last hidden state."""
     hf = cast(Any, model)
     if hf.base_model is model or type(hf.get_output_embeddings()) is not nn.Linear:
         return False
@@ -50,9 +53,8 @@ def head_is_plain(model: nn.Module) -> bool:
         logits = hf(input_ids=ids, use_cache=False).logits
         hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head = hf.get_output_embeddings()
-        return hidden.shape[-1] == head.weight.shape[-1] and torch.allclose(
-            head(hidden), logits, atol=1e-5
-        )
+        fits = hidden.shape[-1] == head.weight.shape[-1]
+        return fits and torch.allclose(head(hidden), logits, atol=1e-5)
 
 
 def inspect(
@@ -63,49 +65,60 @@ def inspect(
     checkpointing: bool,
     name: str,
 ) -> Verdict:
-    """The verdict on a model in float32, outside autocast; `prompts` are token ids, `name` is how errors call it.
+    """The verdict on a model in float32, outside autocast. Raises ConfigError on a bad one.
 
-    Raises ConfigError if it must not be trained.
+    `prompts` are token ids. `name` stands for the model in errors: its flag and value.
     """
     start = time.monotonic()
     kind = type(model).__name__
     if checkpointing and not blocks(model):
         raise ConfigError(
-            f"--gradient-checkpointing: {kind} names no blocks to checkpoint; leave it out"
+            f"--gradient-checkpointing: {kind} names no blocks to checkpoint; leave the flag out"
         )
     try:
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if max(end_ids) >= rows:
-            raise ConfigError(
-                f"{name}: end token {max(end_ids)} is outside the {rows} rows of the model's embeddings"
-            )
+        _refuse_end_outside(model, end_ids, name)
         plain = head_is_plain(model)
         scorer = Scorer(model, plain).to(next(model.parameters()).device)
         rollout = _sampled(scorer, _two(prompts, 0), pad_id)
-        logp, found = _gaps(scorer, rollout)
-        if max(found.values()) > GAP:
+        logp, gaps = _gaps(scorer, rollout)
+        if max(gaps.values()) > GAP:
             _, again = _gaps(scorer, _sampled(scorer, _two(prompts, 1), pad_id))
-            for what, gap in again.items():
-                if min(gap, found[what]) > GAP:
-                    raise ConfigError(
-                        f"{name}: {kind} cannot be trained here: {what} changes log pi of a token by up to {gap:.2g} nats"
-                    )
+            _refuse_gaps(gaps, again, f"{name}: {kind}")
+        shares = plain and not checkpointing and prompt_may_run_once(model, rollout, logp, GAP)
         unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise
-    except (
-        Exception
-    ) as error:  # whatever a model raises that is no causal language model with a cache
+    except Exception as error:
+        # a model that is no causal language model with a cache raises what it likes
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
-            f"{name}: {kind} cannot be sampled and scored as a causal language model ({reason:.300})"
+            f"{name}: {kind} cannot be sampled and scored as a causal language model "
+            f"({reason:.300})"
         ) from error
-    gaps = tuple(found.values())
-    return Verdict(plain, gaps[0], gaps[1], unused, time.monotonic() - start)
+    sampling, padding = gaps.values()
+    return Verdict(plain, shares, sampling, padding, unused, time.monotonic() - start)
+
+
+def _refuse_end_outside(model: nn.Module, end_ids: Sequence[int], name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if max(end_ids) >= rows:
+        raise ConfigError(
+            f"{name}: end token {max(end_ids)} is outside the {rows} rows of the model's embeddings"
+        )
+
+
+def _refuse_gaps(gaps: dict[str, float], again: dict[str, float], name: str) -> None:
+    """Raise ConfigError on a gap that both measurements show."""
+    for cause, gap in again.items():
+        if min(gap, gaps[cause]) > GAP:
+            raise ConfigError(
+                f"{name} cannot be trained here: {cause} changes log pi of a token by up to "
+                f"{gap:.2g} nats"
+            )
 
 
 def _two(prompts: Sequence[Sequence[int]], turn: int) -> list[Sequence[int]]:
-    """Two short prompts of different length, others at each turn."""
+    """Two short prompts of different length; each turn takes other ones."""
     short, long = sorted((prompts[(2 * turn + i) % len(prompts)] for i in range(2)), key=len)
     long = long[:LONGEST]
     return [long, short[: max(1, len(long) // 2)]]
@@ -117,33 +130,35 @@ def _sampled(scorer: Scorer, prompts: Sequence[Sequence[int]], pad_id: int) -> R
     return sample(scorer.decode, prompts, seeds, Sampling(TOKENS, (), pad_id), device)
 
 
-def _score(scorer: nn.Module, rollout: Rollout) -> Tensor:
-    logp: Tensor = scorer(
-        rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask
-    )  # (B, T)
+def _logp(scorer: nn.Module, rollout: Rollout) -> Tensor:
+    rows = rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask
+    logp: Tensor = scorer(*rows)  # (B, T)
     return logp
 
 
 def _gaps(scorer: Scorer, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-    """The scorer's logp (B, T), and the largest differences: to the sampler's, and of a padded row to the same row alone."""
-    logp = _score(scorer, rollout)  # (B, T)
+    """The scorer's logp (B, T), and its largest difference to two others, nats a token.
+
+    The others are the sampler's logp, and the scorer's of a padded row without its neighbours.
+    """
+    logp = _logp(scorer, rollout)  # (B, T)
     with torch.no_grad():
-        alone = _score(scorer, rollout.take([K]))  # (1, T), the shorter prompt's first
+        alone = _logp(scorer, rollout.take([K]))  # (1, T), the shorter prompt's first response
         gaps = {
             "sampling token by token": rollout.logp - logp,
             "a neighbour in the batch": logp[K] - alone,
         }
-        return logp, {
-            what: float(gap.abs().nan_to_num(torch.inf).max()) for what, gap in gaps.items()
-        }
+        largest = {c: float(gap.abs().nan_to_num(torch.inf).max()) for c, gap in gaps.items()}
+    return logp, largest
 
 
 def _gradients(
     scorer: Scorer, rollout: Rollout, logp: Tensor, checkpointing: bool, name: str
 ) -> tuple[str, ...]:
-    """One backward pass, as training makes it; names of the parameters that it does not reach.
+    """Names of the parameters that one backward pass, made as in training, does not reach.
 
-    `logp` (B, T) is the scorer's, without checkpointing.
+    `logp` (B, T) is the scorer's, without checkpointing. Raises ConfigError if it is another one
+    with checkpointing.
     """
     reached: set[str] = set()
     trained = {parameter: w for parameter, w in scorer.model.named_parameters() if w.requires_grad}
@@ -156,11 +171,12 @@ def _gradients(
     try:
         if checkpointing:
             checkpoint_blocks(scorer.model)
-            again = _score(scorer, rollout)  # (B, T)
+            again = _logp(scorer, rollout)  # (B, T)
             gap = float((again - logp).detach().abs().max())
             if gap > GAP:
                 raise ConfigError(
-                    f"{name} cannot be trained with --gradient-checkpointing: log pi changes by {gap:.2g} nats a token"
+                    f"{name} cannot be trained with --gradient-checkpointing: "
+                    f"log pi changes by {gap:.2g} nats a token; leave the flag out"
                 )
             logp = again
         logp.sum().backward()
@@ -169,9 +185,8 @@ def _gradients(
             block.forward = forward
         for handle in handles:
             handle.remove()
-    return tuple(
-        parameter for parameter in trained if parameter not in reached and "expert" not in parameter
-    )
+    unused = [parameter for parameter in trained if parameter not in reached]
+    return tuple(parameter for parameter in unused if "expert" not in parameter)
 
 
 def _drop(weight: Tensor) -> None:

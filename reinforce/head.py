@@ -1,8 +1,9 @@
-"""Float32 logits: the output head's product has a float32 result, whatever the precision of the rest.
+"""Float32 logits: the head's product has a float32 result, whatever the precision of the rest.
 
-A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the reference all call the head, so
-the rule stands here, once: on a CPU the product is computed in float32; on a GPU under autocast its operands are bfloat16, the
-sum and the result float32. Left out: heads that are not a plain linear layer, whose result is only cast.
+A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the
+reference all call the head, so the rule stands here, once: on a CPU the product is computed in
+float32; on a GPU under autocast its operands are bfloat16, the sum and the result float32. Left
+out: heads that are not a plain linear layer, whose result is only cast.
 """
 
 import functools
@@ -29,7 +30,10 @@ class _HalfProduct(torch.autograd.Function):
 
 
 def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The head as a function, states (..., H) -> logits (..., V) float32; its weight is cast once for all its calls."""
+    """The head as a function, states (..., H) -> logits (..., V) float32.
+
+    The weight is cast once, for all calls of that function.
+    """
     if type(head) is not nn.Linear:
         return lambda states: cast(Tensor, head(states)).float()
     weight, bias, device = head.weight, head.bias, head.weight.device.type
@@ -41,9 +45,8 @@ def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
         with torch.autocast(device, enabled=False):
             if not half:
                 return nn.functional.linear(states.float(), weight, bias)
-            logits = cast(
-                Tensor, cast(Any, _HalfProduct).apply(states.bfloat16().flatten(0, -2), weight)
-            )  # (n, V)
+            rows = states.bfloat16().flatten(0, -2)  # (n, H)
+            logits: Tensor = cast(Any, _HalfProduct).apply(rows, weight)  # (n, V)
             logits = logits if bias is None else logits + bias
             return logits.view(*states.shape[:-1], weight.shape[0])
 

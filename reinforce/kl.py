@@ -2,10 +2,13 @@
 
     d = log pi(y_t) - log pi_ref(y_t)        k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
 
-k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is exactly the gradient of
-KL(pi || pi_ref). k3 has the same mean and less variance, so it reads better in a log, but as a reward its gradient is wrong
-(cosine 0.72 to the true one on the enumerated language of the tests). See "Approximating KL Divergence", Schulman (2020,
-http://joschu.net/blog/kl-approx.html). Left out: KL as a loss term, whose k1 form has gradient 0 in expectation.
+k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is
+exactly the gradient of KL(pi || pi_ref). k3 has the same mean and less variance, so it estimates
+the value better. As a reward its gradient is wrong: cosine 0.72 to the true one on the enumerated
+language of the tests. k2 and k3 are here to be compared; training does not use them.
+
+See "Approximating KL Divergence", Schulman (2020, http://joschu.net/blog/kl-approx.html). Left out:
+KL as a loss term, whose k1 form has gradient 0 in expectation.
 """
 
 import torch
@@ -30,7 +33,9 @@ def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def abs_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """|log ratio| (B, T), nats: the seed's `use_absolute_kl`. Not an estimate of KL; biased as value and as reward.
+    """|log ratio| (B, T), nats: the tutorial's `use_absolute_kl`.
+
+    Not an estimate of KL: biased as a value and as a reward.
 
     >>> abs_k1(torch.tensor([[-3.0]]), torch.tensor([[-1.0]]))
     tensor([[2.]])
@@ -39,18 +44,18 @@ def abs_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Half the squared log ratio (B, T), nats: biased, never negative. As a reward its gradient is wrong."""
+    """Half the squared log ratio (B, T), nats: biased, never negative. Wrong as a reward."""
     return _log_ratio(logp, ref_logp).square() / 2
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """exp(-d) - 1 + d (B, T), nats: unbiased as a value, never negative. As a reward its gradient is wrong."""
+    """exp(-d) - 1 + d (B, T), nats: unbiased, never negative. Wrong as a reward."""
     d = _log_ratio(logp, ref_logp)
     return torch.expm1(-d) + d
 
 
 def exact_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL of whole distributions: sum over the last axis of pi * (log pi - log pi_ref), (..., V) -> (...), nats.
+    """KL of whole distributions, (..., V) -> (...), nats: the sum of pi * (log pi - log pi_ref).
 
     >>> exact_kl(torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log())
     tensor(0.3734)
@@ -60,7 +65,9 @@ def exact_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def per_response(kl: Tensor, mask: Tensor, reduce: str = "sum") -> Tensor:
-    """Reduce (B, T) over each response's own tokens: "sum", or "mean" (the seed's; biased towards long responses).
+    """Reduce (B, T) over each response's own tokens -> (B,).
+
+    "sum" is the KL of the response. "mean" is the tutorial's, and biased towards long responses.
 
     >>> per_response(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([4.])

@@ -1,9 +1,10 @@
 """log pi of given responses: response positions only, in float32, a chunk of positions at a time.
 
-Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update. Here the base model gives
-hidden states, and the output head runs on the real response tokens alone, in chunks whose logits are recomputed in the
-backward pass. That is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its
-logits, Cohere and Granite scale them) take their own forward pass.
+Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update.
+Here the base model gives hidden states, and the output head runs on the real response tokens alone,
+in chunks whose logits are recomputed in the backward pass. That is exact where logits = head(hidden
+states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its logits, Cohere and
+Granite scale them) take their own forward pass.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reinforce.head import float32_product
+from reinforce.rollout import positions
+from reinforce.shared_prompt import response_states
 
 CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 
@@ -21,10 +24,12 @@ CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
 def policy_logits(
     logits: Tensor, t: Tensor, temperature: float, end_ids: Tensor, min_new_tokens: int
 ) -> Tensor:
-    """Logits of the policy that is sampled, float32 (n, V): scaled by 1 / temperature, end tokens barred while t < min.
+    """Logits of the policy that is sampled, float32 (n, V).
 
-    `t` (n,) is each row's response position. The sampler, the scorer and the reference all come through here: two of them
-    with different temperatures or masks would be two different policies, and every ratio between them wrong.
+    They are divided by the temperature, and end tokens are barred at positions before
+    `min_new_tokens`. `t` (n,) is each row's response position. The sampler, the scorer and the
+    reference all come through here: two of them with different temperatures or masks would be two
+    different policies, and every ratio between them wrong.
     """
     logits = logits.float() / temperature
     if min_new_tokens:
@@ -34,7 +39,7 @@ def policy_logits(
 
 
 class Scorer(nn.Module):
-    """A causal language model whose forward returns logp (B, T): the module that DDP and FSDP wrap."""
+    """A causal language model whose forward returns logp (B, T): what DDP and FSDP wrap."""
 
     def __init__(
         self,
@@ -43,42 +48,44 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         end_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
+        shares_prompt: bool = False,
     ) -> None:
-        """`model` is a Hugging Face causal language model, `plain` its `guard.head_is_plain`; the others are the sampler's."""
+        """`model` is a Hugging Face causal language model; `guard.inspect` finds out the two flags.
+
+        plain: the head applied to the last hidden states gives the logits. shares_prompt: a prompt
+        runs once for all its rows. The others are the sampler's.
+        """
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.min_new_tokens = min_new_tokens
         self.plain = plain
+        self.shares_prompt = shares_prompt
         self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor
     ) -> Tensor:
-        """prompt, prompt_mask (B, S) padded left, response, mask (B, T) padded right -> logp (B, T), 0 outside the mask.
+        """logp (B, T) of the response's tokens, 0 outside the mask.
 
-        Token t of the response is predicted at column S - 1 + t, one before its own.
+        prompt, prompt_mask (B, S) are padded left, response, mask (B, T) right. Token t of the
+        response is predicted at column S - 1 + t, one before its own.
         """
         hf, s = cast(Any, self.model), prompt.shape[1]
+        head = float32_product(hf.get_output_embeddings()) if self.plain else Tensor.float
         ids = torch.cat([prompt, response], 1)  # (B, S + T)
         seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
-        place = (seen.long().cumsum(1) - 1).clamp(min=0)  # (B, S + T)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": seen.long(),
-            "position_ids": place,
-            "use_cache": False,
-        }
-        if self.plain:
-            states = hf.base_model(**inputs).last_hidden_state[:, s - 1 : -1][
-                mask
-            ]  # (n, H), n response tokens
-            head = float32_product(hf.get_output_embeddings())
+        place = {"attention_mask": seen.long(), "position_ids": positions(seen)}
+        if self.shares_prompt:
+            states = response_states(hf.base_model, prompt, prompt_mask, response, mask)
+        elif self.plain:
+            out = hf.base_model(input_ids=ids, use_cache=False, **place)
+            states = out.last_hidden_state[:, s - 1 : -1]  # (B, T, H)
         else:
-            states = hf(**inputs, logits_to_keep=response.shape[1] + 1).logits[:, :-1][
-                mask
-            ]  # (n, V)
-            head = Tensor.float
+            kept = response.shape[1] + 1
+            out = hf(input_ids=ids, use_cache=False, logits_to_keep=kept, **place)
+            states = out.logits[:, :-1]  # (B, T, V)
+        states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
@@ -89,7 +96,10 @@ class Scorer(nn.Module):
         return logp.masked_scatter(mask, torch.cat(parts))
 
     def decode(self, **inputs: Any) -> Any:
-        """The model's own forward pass, for sampling; a sharded model is entered through here or through `forward`."""
+        """The model's own forward pass, for sampling.
+
+        A sharded model is entered through here or through `forward`.
+        """
         return self.model(**inputs)
 
     def _token_logp(

@@ -1,10 +1,12 @@
 """The surrogate: a scalar whose gradient is the REINFORCE estimate.
 
-    loss = -(1/N) sum_b A_b sum_t w_bt logp_bt            grad loss = -(1/N) sum_b A_b grad log pi(y_b)
+    loss = -(1/N) sum_b A_b sum_t w_bt logp_bt
+    grad loss = -(1/N) sum_b A_b grad log pi(y_b)         with w_bt = 1 on the response's tokens
 
-Its value measures nothing; only its gradient is used. N is one number for the whole optimizer step: all ranks, all
-micro-batches. Dividing by a micro-batch's own count instead gives tokens of short micro-batches more weight.
-See "Policy Gradient Methods for Reinforcement Learning with Function Approximation", Sutton et al. (1999).
+Its value measures nothing; only its gradient is used. N is one number for the whole optimizer step:
+all ranks, all micro-batches. Dividing by a micro-batch's own count instead gives tokens of short
+micro-batches more weight. See "Policy Gradient Methods for Reinforcement Learning with Function
+Approximation", Sutton et al. (1999).
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 def _check(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> None:
     if logp.ndim != 2 or weight.shape != logp.shape or advantage.shape != logp.shape[:1]:
-        shapes = f"logp {tuple(logp.shape)}, advantage {tuple(advantage.shape)}, weight {tuple(weight.shape)}"
+        shapes = ", ".join(str(tuple(x.shape)) for x in (logp, advantage, weight))
         raise ValueError(f"expected logp (B, T), advantage (B,), weight (B, T); got {shapes}")
     if not divisor > 0:
         raise ValueError(
@@ -21,16 +23,22 @@ def _check(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> N
         )
 
 
-def _weighted(per_token: Tensor, advantage_sign: Tensor, weight: Tensor, divisor: float) -> Tensor:
-    """-sum_b sum_t advantage_sign * weight * per_token / divisor; tokens of weight 0 are never read, inf and NaN included."""
+def _weighted(per_token: Tensor, factor: Tensor, weight: Tensor, divisor: float) -> Tensor:
+    """-sum_b factor_b sum_t weight * per_token / divisor.
+
+    Tokens of weight 0 are never read, inf and NaN included.
+    """
     per_token = per_token.masked_fill(weight == 0, 0.0)  # (B, T)
-    return -(advantage_sign * (weight * per_token).sum(1)).sum() / divisor
+    return -(factor * (weight * per_token).sum(1)).sum() / divisor
 
 
 def reinforce_loss(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: float) -> Tensor:
-    """-sum_b A_b sum_t weight * logp / divisor. logp (B, T), advantage (B,), weight (B, T) bool or float -> scalar.
+    """-sum_b A_b sum_t weight * logp / divisor, scalar.
 
-    >>> reinforce_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([0.5]), torch.tensor([[True, False]]), divisor=2)
+    logp (B, T), advantage (B,), weight (B, T) bool or float.
+
+    >>> logp, weight = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])
+    >>> reinforce_loss(logp, torch.tensor([0.5]), weight, divisor=2)
     tensor(0.2500)
     """
     _check(logp, advantage, weight, divisor)
@@ -40,13 +48,16 @@ def reinforce_loss(logp: Tensor, advantage: Tensor, weight: Tensor, divisor: flo
 def clipped_loss(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, divisor: float, clip: float
 ) -> Tensor:
-    """Several optimizer steps from one rollout: -sum_b sum_t weight * min(rho A, clip(rho, 1 +- clip) A) / divisor.
+    """For several optimizer steps from one rollout, scalar.
 
-    rho = exp(logp - logp_old) per token, (B, T). At rho = 1 its gradient is `reinforce_loss`'s; away from it, biased.
-    See "Proximal Policy Optimization Algorithms", Schulman et al. (2017, arXiv 1707.06347).
+        -sum_b sum_t weight * min(rho A, clip(rho, 1 - clip, 1 + clip) A) / divisor
 
-    >>> logp = torch.tensor([[-1.0]])
-    >>> clipped_loss(logp, logp - 1, torch.tensor([1.0]), torch.tensor([[True]]), divisor=1, clip=0.2)
+    rho = exp(logp - logp_old) per token, (B, T). At rho = 1 the gradient is `reinforce_loss`'s;
+    away from it, biased. See "Proximal Policy Optimization Algorithms", Schulman et al. (2017,
+    arXiv 1707.06347).
+
+    >>> logp, one = torch.tensor([[-1.0]]), torch.tensor([1.0])
+    >>> clipped_loss(logp, logp - 1, one, torch.tensor([[True]]), divisor=1, clip=0.2)
     tensor(-1.2000)
     """
     _check(logp, advantage, weight, divisor)
@@ -64,24 +75,25 @@ def clipped_loss(
 def clipped_tokens(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, weight: Tensor, clip: float
 ) -> Tensor:
-    """Number of tokens, scalar, whose gradient `clipped_loss` cuts: rho above 1 + clip with A > 0, below 1 - clip with A < 0.
+    """Number of tokens, scalar, whose gradient `clipped_loss` cuts.
 
-    >>> clipped_tokens(torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.tensor([1.0]), torch.ones(1, 2), clip=0.2)
+    Those with rho above 1 + clip where A > 0, and below 1 - clip where A < 0.
+
+    >>> logp, ones = torch.tensor([[0.5, -0.5]]), torch.ones(1, 2)
+    >>> clipped_tokens(logp, torch.zeros(1, 2), torch.tensor([1.0]), ones, clip=0.2)
     tensor(1)
     """
-    ratio, sign = (logp.detach() - logp_old).exp(), advantage.sign()[:, None]  # (B, T), (B, 1)
-    return (
-        (((ratio > 1 + clip) & (sign > 0)) | ((ratio < 1 - clip) & (sign < 0)))
-        .logical_and(weight != 0)
-        .sum()
-    )
+    ratio = (logp.detach() - logp_old).exp()  # (B, T)
+    sign = advantage.sign()[:, None]  # (B, 1)
+    cut = ((ratio > 1 + clip) & (sign > 0)) | ((ratio < 1 - clip) & (sign < 0))  # (B, T)
+    return (cut & (weight != 0)).sum()
 
 
 def token_weights(mask: Tensor, norm: str) -> Tensor:
-    """The w of the formula, (B, T): the mask itself, or for norm "length" mask / own length (the seed's).
+    """The w of the formula, (B, T): the mask, or for norm "length" (the tutorial's) mask / length.
 
-    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1 / |y|]: another objective, in which a
-    short response is worth more than a long one of the same reward.
+    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1/|y|]:
+    another objective, in which a short response is worth more than a long one of the same reward.
 
     >>> token_weights(torch.tensor([[True, True, False]]), "length")
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -93,11 +105,13 @@ def token_weights(mask: Tensor, norm: str) -> Tensor:
 
 
 def normaliser(length: Tensor, valid: Tensor, norm: str) -> int:
-    """The N of the formula over all rows of an optimizer step: length and valid of any one shape.
+    """The N of the formula over all rows of an optimizer step; length and valid have one shape.
 
-    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the unbiased default. "token" divides by
-    a number that depends on the responses: with many rows its expectation nears the true gradient over the mean length, with few
-    it favours short batches. A learning rate and a beta do not carry over from one to another: they differ by about a length.
+    "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the
+    unbiased default. "token" divides by a number that depends on the responses: with many rows its
+    expectation nears the true gradient over the mean length, with few it favours short batches. A
+    learning rate and a beta do not carry over from one norm to another: the gradients differ by
+    about a response's length.
 
     >>> normaliser(torch.tensor([3, 5]), torch.tensor([True, False]), "token")
     3

@@ -2,8 +2,9 @@
 
     R = r(x, y) - beta * KL - missing-EOS penalty of an unfinished response
 
-The KL is in the reward, before the baseline, and no gradient flows through it. By default it is k1 summed over the response,
-the one choice whose REINFORCE gradient is that of KL(pi || pi_ref); see `kl.py` for the others.
+The KL is in the reward, before the baseline, and no gradient flows through it. By default it is k1
+summed over the response, the one choice whose REINFORCE gradient is that of KL(pi || pi_ref); see
+`kl.py` for the others.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ def objective(
 ) -> Tensor:
     """R of each response, all (B,) on one device; `kl` None stands for beta = 0.
 
-    >>> r, kl, finished = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), torch.tensor([True, False])
-    >>> objective(r, kl, 0.05, finished, missing_eos_penalty=0.5)
+    >>> r, kl = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0])
+    >>> objective(r, kl, 0.05, torch.tensor([True, False]), missing_eos_penalty=0.5)
     tensor([0.9000, 0.5000])
     """
     if kl is not None:
@@ -42,11 +43,12 @@ def objective(
 
 
 def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
-    """`valid` of each response, (B,) bool: those that have a reward, with --truncated drop the finished ones among them.
+    """`valid` of each response, (B,) bool: it has a reward, and with --truncated drop has finished.
 
-    A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For one prompt, rloo follows
-    E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts, N counts the rows of all of them, so a prompt with
-    few counted rows weighs less: rloo weighs grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
+    A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For
+    one prompt, rloo follows E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts,
+    N counts the rows of all of them, so a prompt with few counted rows weighs less: rloo weighs
+    grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
 
     >>> counted(torch.tensor([True, False, True]), torch.tensor([1.0, 1.0, torch.nan]), "drop")
     tensor([ True, False, False])

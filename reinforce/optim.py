@@ -24,9 +24,10 @@ def adamw(
 def learning_rate(
     step: int, total: int, lr: float, min_lr: float, warmup: int, constant: int
 ) -> float:
-    """Learning rate of a rollout step (from 0): linear warm-up, cosine to `min_lr`, then `constant` steps at `min_lr`.
+    """Learning rate of a step, counted from 0.
 
-    With min_lr = lr it is constant after the warm-up. Past `total` it stays at `min_lr`.
+    A linear warm-up, a cosine to `min_lr`, then `constant` steps at `min_lr`, and so past `total`.
+    With min_lr = lr the rate is constant after the warm-up.
 
     >>> [round(learning_rate(s, 6, lr=1.0, min_lr=0.0, warmup=2, constant=1), 2) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.25, 0.0]
@@ -40,11 +41,12 @@ def learning_rate(
 
 
 def clip(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before, over all ranks' shards."""
+    """Scale the gradient down to `max_norm` if it is longer (0: never); return its length before.
+
+    Of a sharded model every rank must call this.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(
-        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    )  # of FSDP's shards, every rank asks
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

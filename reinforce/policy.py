@@ -1,7 +1,8 @@
-"""A causal language model from a Hugging Face folder or hub id, made ready to be sampled and scored.
+"""A causal language model, from a Hugging Face folder or hub id, ready to be sampled and scored.
 
-Dropout is off for good: the policy that is scored must be the policy that was sampled. A tokenizer without a pad token is no
-obstacle, since masks come from lengths. Left out: LoRA, quantised weights, and code that ships with a checkpoint.
+Dropout is off for good: the policy that is scored must be the policy that was sampled. A tokenizer
+without a pad token is no obstacle, since masks come from lengths. Left out: LoRA, quantised
+weights, and code that ships with a checkpoint.
 """
 
 import functools
@@ -17,24 +18,30 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reinforce.errors import ConfigError
 from reinforce.head import give_float32_logits
+from reinforce.hub import refuse_missing_path
 from reinforce.text import TEMPLATE
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+HEADS = ("score", "classifier", "classification_head")  # Hugging Face's names of a classifier's
 
 
 @functools.cache  # once is enough
 def announce(name: str, flag: str) -> None:
-    """Say what is fetched before the wait for a network that may not be there."""
+    """Say what is fetched before the wait for a network that may not be there.
+
+    Raises ConfigError on the path of a folder that is missing: the hub has no paths.
+    """
+    refuse_missing_path(name, flag)
     if not Path(name).is_dir():
-        print(
-            f"{flag} {name}: no such folder here, asking the Hugging Face hub ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{flag} {name}: no such folder here, asking the Hugging Face hub ..."
+        print(line, file=sys.stderr, flush=True)
 
 
 def load_tokenizer(name: str, flag: str = "--policy") -> Any:
-    """Tokenizer of a folder or hub id, padded with its end token if it has no pad token. Raises ConfigError."""
+    """Tokenizer of a folder or hub id. Raises ConfigError.
+
+    A tokenizer without a pad token pads with its end token.
+    """
     announce(name, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -43,22 +50,28 @@ def load_tokenizer(name: str, flag: str = "--policy") -> Any:
     tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{flag} {name}: its tokenizer has neither pad nor end token; set one in tokenizer_config.json"
+            f"{flag} {name}: its tokenizer has neither pad nor end token; "
+            "set one in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         print(
-            f"{flag} {name}: no pad token; padding with its end token {tokenizer.eos_token!r} (masks come from lengths)"
+            f"{flag} {name}: no pad token; padding with its end token {tokenizer.eos_token!r} "
+            "(masks come from lengths)"
         )
     return tokenizer
 
 
 def with_template(tokenizer: Any, flag: str) -> Any:
-    """The tokenizer, with HH-RLHF's plain dialogue as its chat template if it has none; it is saved with the tokenizer."""
+    """The tokenizer, with HH-RLHF's plain dialogue as its chat template if it has none.
+
+    The template is saved with the tokenizer.
+    """
     if not tokenizer.chat_template:
         tokenizer.chat_template = TEMPLATE
         print(
-            f'{flag}: the tokenizer has no chat template; giving it HH-RLHF\'s, "\\n\\nHuman: ...\\n\\nAssistant:"'
+            f"{flag}: the tokenizer has no chat template; giving it HH-RLHF's, "
+            r'"\n\nHuman: ...\n\nAssistant:"'
         )
     return tokenizer
 
@@ -69,7 +82,10 @@ def first_line(error: BaseException) -> str:
 
 
 def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, ...]:
-    """Every id that ends a response: the generation config's and the tokenizer's. Raises ConfigError if there is none."""
+    """Every id that ends a response: the generation config's and the tokenizer's.
+
+    Raises ConfigError if there is none.
+    """
     from transformers import GenerationConfig
 
     ids: set[int] = set()
@@ -82,13 +98,14 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
         ids.add(tokenizer.eos_token_id)
     if not ids:
         raise ConfigError(
-            f"{flag} {name}: no end token in its tokenizer or generation_config.json; set eos_token there"
+            f"{flag} {name}: no end token in its tokenizer or generation_config.json; "
+            "set eos_token there"
         )
     return tuple(sorted(ids))
 
 
 def read_config(name: str, flag: str = "--policy") -> Any:
-    """The model's configuration. Raises ConfigError where it is not one of a causal language model that can be trained."""
+    """The configuration of a causal language model. Raises ConfigError on any other model's."""
     announce(name, flag)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -102,14 +119,12 @@ def read_config(name: str, flag: str = "--policy") -> Any:
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     if architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
-            f"{flag} {name}: a {architecture}, not a policy; were --policy and --reward-model swapped?"
+            f"{flag} {name}: a {architecture}, not a policy; "
+            "were --policy and --reward-model swapped?"
         )
     if method := (getattr(config, "quantization_config", None) or {}):
-        kind = (
-            method.get("quant_method")
-            if isinstance(method, dict)
-            else getattr(method, "quant_method", None)
-        )
+        is_dict = isinstance(method, dict)
+        kind = method.get("quant_method") if is_dict else getattr(method, "quant_method", None)
         raise ConfigError(
             f"{flag} {name}: its weights are quantised ({kind}); give a folder of full weights"
         )
@@ -117,10 +132,11 @@ def read_config(name: str, flag: str = "--policy") -> Any:
 
 
 def context_length(name: str, flag: str = "--policy") -> int | None:
-    """Longest sequence for which log pi depends on the row alone, in tokens, from the config; None if it names none.
+    """Longest sequence for which log pi depends on the row alone, tokens; None if unknown.
 
-    Beyond its original length a longrope model takes other frequencies for the whole batch as soon as one row is that long, and
-    sparse attention picks among more positions than it keeps. Raises ConfigError.
+    The model's configuration names it. Beyond its original length a longrope model takes other
+    frequencies for the whole batch as soon as one row is that long, and sparse attention picks
+    among more positions than it keeps. Raises ConfigError.
     """
     config = read_config(name, flag).get_text_config()
     lengths = [
@@ -139,7 +155,7 @@ def context_length(name: str, flag: str = "--policy") -> int | None:
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks inside, as Hugging Face names their classes or marks them, inner ones first."""
+    """The transformer blocks of a model, inner ones first, as Hugging Face names or marks them."""
     names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     inner_first = list(reversed(list(module.modules())))
     named = [m for m in inner_first if type(m).__name__ in names]
@@ -147,9 +163,10 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks(model: nn.Module) -> bool:
-    """From now on keep no activations inside a block, but compute them again in the backward pass; whether there are blocks.
+    """Keep no activations inside a block from now on. Whether there are blocks.
 
-    The model stays in eval mode: transformers' own switch works in train mode alone, in which routers and layer drops are random.
+    The backward pass computes the activations again. The model stays in eval mode: transformers'
+    own switch works in train mode alone, in which routers and layer drops are random.
     """
     found = blocks(model)
     for block in found:
@@ -158,7 +175,7 @@ def checkpoint_blocks(model: nn.Module) -> bool:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Set every dropout of the model to 0, those that are kept as plain numbers included, and return it in eval mode."""
+    """The model in eval mode, every dropout set to 0, plain numbers of that name included."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -177,8 +194,8 @@ def load_policy(
 ) -> nn.Module:
     """The model in float32, dropout off. Raises ConfigError.
 
-    `frozen_dtype` is for the reference, which is never updated: it stores the weights of linear layers as autocast would
-    cast them, so it scores exactly as the policy does, in half the memory.
+    `frozen_dtype` is for the reference, which is never updated. Its linear layers store their
+    weights as autocast would cast them: the log-probs are exactly the policy's, in half the memory.
     """
     read_config(name, flag)
     try:
@@ -191,7 +208,8 @@ def load_policy(
         )
     except OUT_OF_MEMORY:
         raise
-    except Exception as error:  # what a damaged file, a wrong shape or an unknown architecture makes transformers raise
+    except Exception as error:
+        # a damaged file, a wrong shape or an unknown architecture: transformers raises any kind
         raise ConfigError(
             f"{flag} {name}: not a causal language model in safetensors ({first_line(error)})"
         ) from error
@@ -202,7 +220,8 @@ def load_policy(
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"{flag} {name}: tokenizer has {len(tokenizer)} tokens, model {rows}; resize its embeddings"
+            f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            "resize the model's embeddings"
         )
     model = give_float32_logits(without_dropout(model).to(device))
     if frozen_dtype is not None:
@@ -215,18 +234,14 @@ def load_policy(
 
 
 def refuse_foreign_weights(names: list[str], where: str) -> None:
-    """Raise ConfigError if a checkpoint holds a classifier's head; say it in a line if it holds other weights that nobody uses."""
-    heads = [
-        name
-        for name in names
-        if name.split(".")[0] in ("score", "classifier", "classification_head")
-    ]
+    """Raise ConfigError on the weights of a classifier's head; print any others, unused here."""
+    heads = [name for name in names if name.split(".")[0] in HEADS]
     if heads:
         raise ConfigError(
-            f"{where}: it holds a classifier's head ({heads[0]}), not a policy; was it meant as --reward-model?"
+            f"{where}: it holds a classifier's head ({heads[0]}), not a policy; "
+            "was it meant as --reward-model?"
         )
     if names:
-        print(
-            f"{where}: {len(names)} weights of the checkpoint are not used ({', '.join(names[:3])})",
-            file=sys.stderr,
-        )
+        some = ", ".join(names[:3])
+        line = f"{where}: {len(names)} weights of the checkpoint are not used ({some})"
+        print(line, file=sys.stderr)

@@ -1,8 +1,9 @@
 """Responses that the reward server refuses: which row it is, and how many of them a run may leave out.
 
-A refusal (400, 413, 422, 500, 507) is a word on one text, and asking again would bring it again. By default it ends the run. A row
-that is left out is treated as `--truncated drop` treats an unfinished one: not counted in any baseline or in N, and biased in
-the same way, with "accepted" for "finished": with rloo the gradient of E[R | accepted], prompt by prompt.
+A refusal (400, 413, 422, 500, 507) is a word on one text, and asking again would bring it again. By
+default it ends the run. A row that is left out is treated as `--truncated drop` treats an
+unfinished one: not counted in any baseline or in N, and biased in the same way, with "accepted" for
+"finished": with rloo the gradient of E[R | accepted], prompt by prompt.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from typing import Any
 
 from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
-from reinforce.rm_reply import ServerInfo, index_of, parse_info, rewards_of, truncated_of
+from reinforce.rm_reply import ServerInfo, index_of, parse_info, rewards_of, truncated_of, words_of
 
 RETRIED = (408, 429, 502, 503, 504)
 # the server's word on a text: asking again would bring it again
@@ -283,8 +283,7 @@ class RewardClient:
         if reply.status in RETRIED:
             raise TryAgainError(f"HTTP {reply.status}", reply.pause)
         if reply.status != 200:
-            body = reply.body[:200].decode("utf-8", "replace")
-            said = f"{self.url}{path} answered HTTP {reply.status}: {body!a}"
+            said = f"{self.url}{path} answered HTTP {reply.status}: {words_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":
                 texts = payload.get("query") or payload.get("messages") or []
                 raise RefusedError(said, index_of(reply.body, len(texts)))

@@ -73,3 +73,14 @@ def index_of(body: bytes, count: int) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return index if type(index) is int and 0 <= index < count else None
+
+
+def words_of(body: bytes) -> str:
+    """The message of an error in one line, or whatever else the body begins with."""
+    try:
+        message = json.loads(body)["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        message = None
+    if not isinstance(message, str) or not message:
+        return f"{body[:200].decode('utf-8', 'replace')!a}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:500])

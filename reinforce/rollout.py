@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses. Prompts are padded on the left, responses on the right, so column S is every row's first response token."""
+    """B responses: prompts padded on the left, responses on the right.
+
+    So column S is every row's first response token.
+    """
 
     prompt: Tensor  # (B, S) token ids
     prompt_mask: Tensor  # (B, S) bool
@@ -27,12 +30,21 @@ class Rollout:
         return self.mask.sum(1)
 
     @property
+    def groups(self) -> list[int]:
+        """The number of each row's prompt; rows of one prompt share it."""
+        numbers: list[int] = distinct(self.prompt, self.prompt_mask)[1].tolist()
+        return numbers
+
+    @property
     def lengths(self) -> tuple[list[int], list[int]]:
         """Prompt tokens and response tokens of each row."""
         return self.prompt_mask.sum(1).tolist(), self.length.tolist()
 
     def take(self, rows: Sequence[int]) -> "Rollout":
-        """Some of the rows, with the padding that they do not need cut off; of no rows, one row of which no token counts."""
+        """Some of the rows, without the padding that they do not need.
+
+        Of no rows: one row of which no token counts.
+        """
         if not rows:
             one = self.mask[:1, :1]
             return Rollout(
@@ -64,9 +76,8 @@ def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     def padded(name: str, left: bool, fill: float) -> Tensor:
         parts = [getattr(r, name) for r in rollouts]
         widths = [(s - p.shape[1], 0) if left else (0, t - p.shape[1]) for p in parts]
-        return torch.cat(
-            [nn.functional.pad(p, w, value=fill) for p, w in zip(parts, widths, strict=True)]
-        )
+        pairs = zip(parts, widths, strict=True)
+        return torch.cat([nn.functional.pad(part, width, value=fill) for part, width in pairs])
 
     return Rollout(
         padded("prompt", True, pad_id),
@@ -85,13 +96,14 @@ class Batch:
     rollout: Rollout
     advantage: Tensor  # (B,) float32
     weight: Tensor  # (B, T) float32, w of the loss, 0 in rows that do not count
-    logp_old: Tensor | None = (
-        None  # (B, T), of the policy before the first of several optimizer steps
-    )
+    logp_old: Tensor | None = None  # (B, T), before the first of several optimizer steps
     rows: Sequence[int] = ()  # of a part: its rows' numbers in the whole
 
     def take(self, rows: Sequence[int]) -> "Batch":
-        """Some of the rows; of no rows, one row of weight 0, for a rank that has none left while others have."""
+        """Some of the rows.
+
+        Of no rows: one row of weight 0, for a rank that has none left while others have.
+        """
         part, at = self.rollout.take(rows), list(rows) or [0]
         t = part.mask.shape[1]
         weight = self.weight[at, :t] if rows else torch.zeros_like(self.weight[:1, :t])  # (b, T)
@@ -99,27 +111,70 @@ class Batch:
         return Batch(part, self.advantage[at], weight, old, rows)
 
 
-def micro_batches(
-    prompt: Sequence[int], response: Sequence[int], max_rows: int, max_tokens: int
-) -> list[list[int]]:
-    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens, padding included (one row at least).
+def positions(mask: Tensor) -> Tensor:
+    """Position of each real token among its row's real tokens, (B, L).
 
-    `prompt` and `response` are the two lengths of each row; a batch is as wide as its longest prompt and its longest response.
+    So padding on the left does not move a prompt.
+    """
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def distinct(prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The different prompts of some rows (U, S), -1 where padded, and each row's among them (B,)."""
+    ids = prompt.masked_fill(~prompt_mask, -1)  # (B, S)
+    unique, row = torch.unique(ids, dim=0, return_inverse=True)
+    return unique, row
+
+
+def micro_batches(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    max_rows: int,
+    max_tokens: int,
+    group: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens.
+
+    A run has one row at least. `prompt` and `response` are the two lengths of each row. Padding
+    counts: a run is as wide as its longest prompt and its longest response. `group` numbers each
+    row's prompt where a run computes it once for all its rows; whole groups then stay together if
+    that makes fewer tokens.
 
     >>> micro_batches([8, 1, 1, 1], [1, 1, 2, 7], max_rows=3, max_tokens=20)
     [[1, 2], [3], [0]]
+    >>> micro_batches([8, 8, 8, 8], [1, 2, 1, 2], max_rows=2, max_tokens=99, group=[0, 0, 1, 1])
+    [[0, 1], [2, 3]]
     """
-    batches: list[list[int]] = []
-    wide = long = 0  # of the batch that is being filled
-    for row in sorted(range(len(prompt)), key=lambda i: prompt[i] + response[i]):
-        wide, long = max(wide, prompt[row]), max(long, response[row])
-        if (
-            batches
-            and len(batches[-1]) < max_rows
-            and (len(batches[-1]) + 1) * (wide + long) <= max_tokens
-        ):
-            batches[-1].append(row)
+    length = [p + r for p, r in zip(prompt, response, strict=True)]
+    order = sorted(range(len(length)), key=lambda row: length[row])
+    if group is None:
+        return _fill(order, prompt, response, range(len(length)), max_rows, max_tokens)[0]
+    longest: dict[int, int] = {}
+    for row in order:
+        longest[group[row]] = length[row]
+    whole = sorted(order, key=lambda row: (longest[group[row]], group[row]))
+    plans = [_fill(rows, prompt, response, group, max_rows, max_tokens) for rows in (order, whole)]
+    return min(plans, key=lambda plan: plan[1])[0]
+
+
+def _fill(
+    order: Sequence[int],
+    prompt: Sequence[int],
+    response: Sequence[int],
+    group: Sequence[int],
+    max_rows: int,
+    max_tokens: int,
+) -> tuple[list[list[int]], int]:
+    """Rows in this order cut into runs, and the tokens of all runs."""
+    runs: list[list[int]] = []
+    sizes: list[int] = []
+    for row in order:
+        run = [*runs[-1], row] if runs else [row]
+        wide, long = max(prompt[i] for i in run), max(response[i] for i in run)
+        size = wide * len({group[i] for i in run}) + long * len(run)
+        if runs and len(run) <= max_rows and size <= max_tokens:
+            runs[-1], sizes[-1] = run, size
         else:
-            batches.append([row])
-            wide, long = prompt[row], response[row]
-    return batches
+            runs.append([row])
+            sizes.append(prompt[row] + response[row])
+    return runs, sum(sizes)

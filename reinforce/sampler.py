@@ -2,10 +2,11 @@
 
     y_t ~ softmax(logits / temperature)
 
-Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so what it draws does not
-depend on its neighbours, the batch size or the number of ranks, and there is no random state to save. A prompt runs through
-the model once and its K responses share the cache; rows that have ended leave the batch. Which tokens belong to a response is
-kept as a length, never read back from token ids: the pad token may well be an end token.
+Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so
+what it draws does not depend on its neighbours, the batch size or the number of ranks, and there is
+no random state to save. A prompt runs through the model once and its K responses share the cache;
+rows that have ended leave the batch. Which tokens belong to a response is kept as a length, never
+read back from token ids: the pad token may well be an end token.
 """
 
 import hashlib
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from reinforce.logprobs import policy_logits
-from reinforce.rollout import Rollout, join
+from reinforce.rollout import Rollout, join, positions
+from reinforce.shared_prompt import cache_name
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `top_k` and `top_p` make another distribution than the one scored, so training never sets them."""
+    """How to sample. Training never sets `top_k` or `top_p`: their distribution is not scored."""
 
     max_new_tokens: int
     end_ids: tuple[int, ...]
@@ -40,7 +42,7 @@ class Sampling:
 
 
 def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
-    """63-bit seed of one row, the same on every machine and in every process (Python's `hash` is not).
+    """63-bit seed of one row, the same on every machine and in every process.
 
     >>> row_seed(0, 0, 0, 0) == row_seed(0, 0, 0, 0) != row_seed(0, 0, 0, 1)
     True
@@ -50,19 +52,22 @@ def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
 
 
 def draw_coins(seeds: Sequence[int], steps: int, vocabulary: int) -> Tensor:
-    """Uniforms in [0, 1) for whole responses, (B, steps, ceil(log2 V)), each row from its own generator, on the CPU."""
+    """Uniforms in [0, 1), (B, steps, ceil(log2 V)), each row from its own generator on the CPU."""
     levels = math.ceil(math.log2(vocabulary))
-    return torch.stack(
-        [torch.rand(steps, levels, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(steps, levels, generator=g) for g in generators])
 
 
 def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
-    """Draw one token a row: probs (B, V) of any positive scale, coins (B, ceil(log2 V)) in [0, 1) -> token ids (B,).
+    """Draw one token a row -> token ids (B,).
 
-    Walks down a binary tree of partial sums, one coin a level: go right if coin * (left + right) >= left. Exact up to the 24
-    bits of a float32 coin; a token of probability 0 is never drawn. A rounding error moves a draw only if it moves one of log2 V
-    branch points across its coin; inverting a running sum over the whole vocabulary is far more sensitive, and
+    probs (B, V) have any positive scale; coins (B, ceil(log2 V)) are uniform in [0, 1). The draw
+    walks down a binary tree of partial sums, one coin a level: it goes right if
+    coin * (left + right) >= left. It is exact up to the 24 bits of a float32 coin, and a token of
+    probability 0 is never drawn.
+
+    A rounding error moves a draw only if it moves one of log2 V branch points across its coin.
+    Inverting a running sum over the whole vocabulary is far more sensitive, and
     `torch.multinomial` draws V numbers a row.
 
     >>> sample_token(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([[0.9, 0.3]]))
@@ -70,9 +75,8 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     """
     levels = math.ceil(math.log2(probs.shape[1]))
     if probs.ndim != 2 or coins.shape != (probs.shape[0], levels):
-        raise ValueError(
-            f"expected probs (B, V) and coins (B, {levels}), got {tuple(probs.shape)}, {tuple(coins.shape)}"
-        )
+        got = f"{tuple(probs.shape)}, {tuple(coins.shape)}"
+        raise ValueError(f"expected probs (B, V) and coins (B, {levels}), got {got}")
     tree = [nn.functional.pad(probs, (0, 2**levels - probs.shape[1]))]  # (B, 2^levels)
     while tree[-1].shape[1] > 1:
         pairs = tree[-1].unflatten(1, (-1, 2))  # (B, n, 2)
@@ -85,12 +89,14 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Mask all but the `top_k` likeliest tokens (0: all) and the fewest whose probability reaches `top_p`. (B, V)."""
+    """Mask logits (B, V) but those of the `top_k` likeliest tokens (0: all) within `top_p`.
+
+    `top_p`: the fewest tokens whose probability reaches it.
+    """
     ordered, index = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
-        -1
-    )  # (B, V), mass of the likelier ones
-    drop = before >= top_p
+    probability = ordered.softmax(-1)  # (B, V)
+    likelier = probability.cumsum(-1) - probability  # (B, V), mass of the likelier ones
+    drop = likelier >= top_p
     if top_k:
         drop[:, top_k:] = True
     drop[:, 0] = False
@@ -137,7 +143,8 @@ def sample(
 
     `model` is a Hugging Face causal language model on `device`, or its forward method.
 
-    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without `decode`.
+    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without
+    `decode`.
     """
     if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
@@ -150,15 +157,12 @@ def sample(
         logits_to_keep=1,
     )
     k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
-    kept = (
-        "cache" if hasattr(out, "cache") else "past_key_values"
-    )  # its name from transformers 5.24 on, and before
-    cache, logits = getattr(out, kept), out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
+    kept = cache_name(out)
+    cache = getattr(out, kept)
     cache.batch_repeat_interleave(k)
-    prompt, prompt_mask = (
-        prompt.repeat_interleave(k, 0),
-        prompt_mask.repeat_interleave(k, 0),
-    )  # (B, S)
+    logits = out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
+    prompt = prompt.repeat_interleave(k, 0)  # (B, S)
+    prompt_mask = prompt_mask.repeat_interleave(k, 0)  # (B, S)
     coins = draw_coins(seeds, t_max, logits.shape[1]).to(device)  # (B, T, log2 V)
 
     response = torch.full((b, t_max), how.pad_id, device=device)  # (B, T)
@@ -168,24 +172,19 @@ def sample(
     end_ids = torch.tensor(how.end_ids, dtype=torch.long, device=device)
     alive = torch.arange(b, device=device)  # (n,) rows not yet ended
     for t in range(t_max):
-        logits = policy_logits(
-            logits, torch.full_like(alive, t), how.temperature, end_ids, how.min_new_tokens
-        )  # (n, V)
+        at = torch.full_like(alive, t)  # (n,)
+        logits = policy_logits(logits, at, how.temperature, end_ids, how.min_new_tokens)  # (n, V)
         if how.top_k or how.top_p < 1:
             logits = keep_likely(logits, how.top_k, how.top_p)
         token_logp = logits.log_softmax(-1)  # (n, V)
-        token = (
-            logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coins[alive, t])
-        )  # (n,)
+        coin = coins[alive, t]  # (n, log2 V)
+        token = logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coin)  # (n,)
         response[alive, t] = token
         logp[alive, t] = token_logp.gather(1, token[:, None])[:, 0]
         ended = torch.isin(token, end_ids)  # (n,)
         if how.end_strings and how.decode is not None and t + 1 >= how.min_new_tokens:
-            ended |= completes(
-                torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1),
-                how.end_strings,
-                how.decode,
-            )
+            tokens = torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1)  # (n, 1 + t)
+            ended |= completes(tokens, how.end_strings, how.decode)
         length[alive[ended]] = t + 1
         finished[alive[ended]] = True
         if t + 1 == t_max or bool(ended.all()):
@@ -194,9 +193,8 @@ def sample(
             going = (~ended).nonzero()[:, 0]
             alive, token = alive[going], token[going]
             cache.batch_select_indices(going)
-        seen = torch.cat(
-            [prompt_mask[alive], torch.ones_like(response[alive, : t + 1], dtype=torch.bool)], 1
-        )
+        own = torch.ones_like(response[alive, : t + 1], dtype=torch.bool)
+        seen = torch.cat([prompt_mask[alive], own], 1)  # (n, S + t + 1)
         logits = model(
             input_ids=token[:, None],
             attention_mask=seen.long(),
@@ -210,18 +208,14 @@ def sample(
     return Rollout(prompt, prompt_mask, response[:, :t], mask, logp[:, :t], finished)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of each real token among its row's real tokens, (B, L): padding on the left does not move a prompt."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
 def completes(
     tokens: Tensor, end_strings: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> Tensor:
-    """Which responses hold an end string that their last token completed, (n,) bool; tokens (n, 1 + t), the prompt's last first.
+    """Which responses hold an end string that their last token completed, (n,) bool.
 
-    Only text after the first of the tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the
-    space before a text's first word.
+    tokens (n, 1 + t): the prompt's last token, then the response. Only text after the first of the
+    tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the space
+    before a text's first word.
     """
     window = max(len(s.encode()) for s in end_strings) + 2  # a token is at least one byte
 
@@ -229,7 +223,6 @@ def completes(
         return decode(ids)[len(decode(ids[:1])) :]
 
     tails = tokens[:, -window:].tolist()
-    done = [
-        any(s in said(tail) and s not in said(tail[:-1]) for s in end_strings) for tail in tails
-    ]
+    texts = [(said(tail), said(tail[:-1])) for tail in tails]  # with the last token, and without
+    done = [any(s in text and s not in before for s in end_strings) for text, before in texts]
     return torch.tensor(done, device=tokens.device)

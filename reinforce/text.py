@@ -1,7 +1,8 @@
-"""Text and tokens: what a prompt is, how its response becomes text again, and what is sent to the reward server.
+"""Text and tokens: a prompt, the text of its response, and the request to the reward server.
 
-The reward model reads text that stands for exactly the sampled tokens: special tokens included, an end token only where the
-response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
+The reward model reads text that stands for exactly the sampled tokens: special tokens included, an
+end token only where the response has one. Prompt and response are decoded together, since a
+tokenizer may drop the space between them where it sees the response alone.
 """
 
 import datetime
@@ -14,21 +15,23 @@ from reinforce.errors import ConfigError
 from reinforce.rollout import Rollout
 
 TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
-    "{{ bos_token }}{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' "
-    "if m.role == 'assistant' else '\\n\\n' }}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '\\n\\nHuman: ' if m.role == 'user' "
+    "else '\\n\\nAssistant: ' if m.role == 'assistant' else '\\n\\n' }}"
+    "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: the text that the policy reads (rendered, if it came as messages), its token ids, and what came with it."""
+    """One prompt, as text and as token ids."""
 
-    index: int
-    text: str
+    index: int  # among the usable lines of its file, from 0
+    text: str  # what the policy reads; messages in the chat template
     ids: tuple[int, ...]
-    messages: list[dict[str, str]] | None = None
-    label: Any = None
+    messages: list[dict[str, str]] | None = None  # None: the prompt came as text
+    label: Any = None  # of the same line, for the reward
 
 
 def is_chat(value: Any) -> bool:
@@ -46,32 +49,37 @@ def is_chat(value: Any) -> bool:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text to be continued: one begin token if the tokenizer uses one, no end token of its own adding.
+    """Token ids of a text that is to be continued.
 
-    A text that already starts with the begin token gets no second one.
+    There is one begin token if the tokenizer uses one, and none is added to a text that starts
+    with it. An end token that the tokenizer adds is taken away.
     """
-    own_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not own_begin)["input_ids"]
-    adds_end = (
-        ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
-    )
+    has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
+    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    adds_end = ends and not text.endswith(str(tokenizer.eos_token))
     return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
 
 
 def render(
-    tokenizer: Any, messages: list[dict[str, str]], where: str, date: str | None = None, **how: Any
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    where: str,
+    date: str | None = None,
+    **options: Any,
 ) -> str:
-    """A conversation in the tokenizer's chat template. Raises ConfigError where the template refuses it.
+    """A conversation in the tokenizer's chat template.
 
-    Some templates print the day, by `strftime_now`; `date`, YYYY-MM-DD, is then that day and not today, so that a prompt has the
-    same tokens when a run goes on tomorrow. The tokenizer's own template stays as it is.
+    Some templates print the day, by `strftime_now`. With a `date`, YYYY-MM-DD, they print that day
+    and not today, so that a prompt has the same tokens when a run goes on tomorrow. The tokenizer's
+    own template stays as it is. `options` go to `apply_chat_template`. Raises ConfigError if the
+    template refuses the conversation, and names `where` it is from.
     """
     if date is not None and "strftime_now" in str(tokenizer.chat_template):
-        how["chat_template"] = at_day(
-            tokenizer.get_chat_template(), datetime.date.fromisoformat(date)
-        )
+        day = datetime.date.fromisoformat(date)
+        options["chat_template"] = at_day(tokenizer.get_chat_template(), day)
     try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **how))
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # templates raise what they like
         raise ConfigError(
             f"{where}: the chat template refuses {messages!r:.200} ({error})"
@@ -79,7 +87,9 @@ def render(
 
 
 def at_day(template: str, day: datetime.date) -> str:
-    """A chat template whose `strftime_now` gives this day: a macro of the template's own language, since it takes no functions.
+    """A chat template whose `strftime_now` gives this day.
+
+    A template takes no functions, so the day is a macro in the template's own language.
 
     >>> print(at_day("{{ strftime_now('%d %b') }}", datetime.date(2024, 7, 26))[-30:])
     {{ strftime_of_day('%d %b') }}
@@ -98,10 +108,10 @@ def at_day(template: str, day: datetime.date) -> str:
 def decoded(
     tokenizer: Any, prompt: Sequence[int], response: Sequence[int], skip_special_tokens: bool
 ) -> str:
-    """The response's part of the decoded whole."""
-    how = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-    whole: str = tokenizer.decode([*prompt, *response], **how)
-    return whole[len(tokenizer.decode(list(prompt), **how)) :]
+    """Text of a response, decoded together with its prompt."""
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    text: str = tokenizer.decode([*prompt, *response], **options)
+    return text[len(tokenizer.decode(list(prompt), **options)) :]
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
@@ -114,11 +124,12 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 def reward_requests(
     tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, as_text: bool
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
-    """(rows, arguments of RewardClient.rewards) for a rollout of B rows, row b of prompt b // (B / P).
+    """The requests that cover a rollout of B rows, each as its rows and what it sends of them.
 
-    Rows whose prompt has messages are sent as messages, unless `as_text` is asked for, all others as one text a row: so two
-    requests where a file mixes them. Always with prompts, finished and the response without special tokens, for rewards that are
-    plain functions of a text.
+    Row b belongs to prompt b // (B / P). What is sent are arguments of `RewardClient.rewards`. A
+    row whose prompt has messages is sent as messages unless `as_text`, any other row as one text:
+    a file that mixes both makes two requests. Every request has the prompts, `finished`, and the
+    responses without special tokens, for rewards that are plain functions of a text.
     """
     ids, finished = response_ids(rollout), rollout.finished.tolist()
     k = len(ids) // len(prompts)
@@ -136,9 +147,9 @@ def reward_requests(
         if any(p.label is not None for p, _ in rows):
             request["labels"] = [p.label for p, _ in rows]
         if as_messages:
-            said = [{"role": "assistant", "content": text} for text in plain]
+            answers = [{"role": "assistant", "content": text} for text in plain]
             request["messages"] = [
-                [*(p.messages or []), answer] for (p, _), answer in zip(rows, said, strict=True)
+                [*(p.messages or []), answer] for (p, _), answer in zip(rows, answers, strict=True)
             ]
         else:
             request["query"] = [

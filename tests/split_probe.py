@@ -98,12 +98,12 @@ def measure(name, flags, policy, tokenizer):
         train.backward(actor, batch, update)
         if gradient is None:
             hook.remove()
-            gradient = torch.cat([distributed.whole(p.grad).flatten() for p in actor.model.parameters()])
+            gradient = torch.cat([distributed.gather_tensor(p.grad).flatten() for p in actor.model.parameters()])
         with torch.no_grad():
             for p in actor.model.parameters():
                 p -= 0.05 * p.grad
                 p.grad = None
-    end = torch.cat([distributed.whole(p.detach()).flatten() for p in actor.model.parameters()])
+    end = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in actor.model.parameters()])
     return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
 
 

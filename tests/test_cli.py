@@ -1,10 +1,13 @@
 """Bad input: one sentence that names the flag and the fix, exit code 2, no traceback, and no model loaded."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import metrics, script, tiny_llama, train_here
+from conftest import ROOT, metrics, script, tiny_llama, train_here
 from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from recipes import toy
@@ -111,7 +114,7 @@ def test_a_web_server_is_not_a_reward_server(small):
 
 def test_a_malformed_line_is_reported_before_any_server_or_model_is_asked_for(small, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"prompt": \n')
-    assert "bad.jsonl:2" in refused(*own(small, data=tmp_path / "bad.jsonl", policy="does/not-exist"))
+    assert "bad.jsonl line 2" in refused(*own(small, data=tmp_path / "bad.jsonl", policy="does/not-exist"))
     assert "no such file" in refused(*own(small, data=tmp_path / "none.jsonl"))
 
 
@@ -181,7 +184,7 @@ def untied(small):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     tokenizer = toy.make_tokenizer()
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, model 20"):
+    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, the model 20"):
         load_policy(str(tmp_path), tokenizer, "cpu")
 
 
@@ -250,3 +253,42 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(small, tmp_path, server_po
     (tmp_path / "file").write_text("")
     assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", tmp_path / "file")
     assert "--log-dir" in refused(*words, "--max-new-tokens", "8", "--log-dir", "/proc/nowhere/run")
+
+
+def test_a_near_miss_of_a_flag_is_answered_with_the_flag():
+    for words, near in ((["--basline", "rloo"], "--baseline"), (["--lrr=1"], "--lr"), (["--val-dat", "x"], "--val-data")):
+        with pytest.raises(ConfigError, match=re.escape(near)):
+            parse(TrainConfig, "", words)
+    with pytest.raises(ConfigError, match="--help lists every flag"):
+        parse(TrainConfig, "", ["--zzzzzz"])
+
+
+@pytest.mark.parametrize("name", ["runs/x/policy", "./policy", "policy/", "~/policy", "/nowhere/policy", "tests/policy"])
+def test_a_path_that_is_missing_is_never_asked_for_on_the_hub(name, capsys):
+    with pytest.raises(ConfigError, match=f"--policy {name}: no such folder$"):
+        load_tokenizer(name)
+    assert "hub" not in capsys.readouterr().err
+
+
+def test_the_file_instead_of_its_folder_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ConfigError, match="a file; give the folder that holds config"):
+        load_tokenizer(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["train.py", "serve_rm.py"])
+def test_a_missing_pytorch_and_an_old_python_are_one_sentence(name):
+    out = subprocess.run([sys.executable, "-S", name], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith(f"{name}: no torch, ") and len(out.stderr.splitlines()) == 1
+    old = (
+        f"import runpy, sys; sys.version_info = (3, 9, 1); sys.argv = [{name!r}]; sys.path.insert(0, '.'); runpy.run_path({name!r})"
+    )
+    out = subprocess.run([sys.executable, "-c", old], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr == f"{name}: this is Python 3.9; 3.10 or newer is needed\n"
+
+
+def test_torchruns_report_ends_with_the_reason_where_it_has_a_folder_for_it(tmp_path):
+    """torchrun passes a file for the reason only where it keeps logs."""
+    out = script("-m", "torch.distributed.run", "--standalone", "--log-dir", tmp_path, ROOT / "train.py", "--lr", "-1")
+    report = out.stdout[out.stdout.index("Root Cause") :]
+    assert out.returncode == 1 and "--lr is -1.0; it must be positive" in report

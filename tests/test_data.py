@@ -17,17 +17,17 @@ GOOD = b'{"prompt": "anna on the pizza in rome :"}\n'
 
 
 @pytest.mark.parametrize(("line", "reason"), [
-    (b"{not json}", "not JSON"), (b"[1, 2]", "exactly one of"), (b'{"question": "x"}', "exactly one of"),
-    (b'{"prompt": "x", "text": "y"}', "exactly one of"), (b'{"prompt": 3}', "must be a string"), (b'{"prompt": ""}', "not empty"),
-    (b'{"text": "   "}', "not empty"), (b'{"prompt": "x", "prompt": "y"}', "same key twice"), (b"", "not JSON"),
-    (b"\xef\xbb\xbf" + GOOD.strip(), "byte order mark"), (GOOD.strip() + b"\r", r"\\r\\n"), (b'{"prompt": "\xff"}', "not JSON"),
+    (b"{not json}", "not JSON"), (b"[1, 2]", "not an object"), (b'{"question": "x"}', 'it has "question": --prompt-key'),
+    (b'{"prompt": "x", "text": "y"}', '"prompt" and "text" in one record: --prompt-key'), (b'{"prompt": 3}', "must be a string"), (b'{"prompt": ""}', "not empty"),
+    (b'{"text": "   "}', "not empty"), (b'{"prompt": "x", "prompt": "y"}', "same key twice"), (b'{"prompt": null}', "it has nothing"),
+    (b"\xef\xbb\xbf" + GOOD.strip(), "byte order mark"), (b'{"prompt": "\xff"}', "not JSON"),
     (b'{"messages": []}', '"messages" must be'), (b'{"messages": [{"role": "user"}]}', '"messages" must be'),
     (b'{"messages": [{"role": "assistant", "content": "hi"}]}', '"messages" must be'), (b"[" * 100_000, "not JSON"),
 ])  # fmt: skip
 def test_a_bad_line_is_named_by_file_and_line_or_counted(tmp_path, line, reason):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(GOOD + line + b"\n" + GOOD)
-    with pytest.raises(ConfigError, match=rf"prompts\.jsonl:2: .*{reason}"):
+    with pytest.raises(ConfigError, match=rf"prompts\.jsonl line 2: .*{reason}"):
         read_records(str(path), "--train-data", check_record)
     records, bad = read_records(str(path), "--train-data", check_record, skip_bad_lines=True)
     assert len(records) == 2 and bad == 1

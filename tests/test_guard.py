@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -24,6 +26,7 @@ from transformers import (
     PhimoeConfig,
     PhimoeForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
 from recipes import toy
 from reinforce import guard
@@ -241,3 +244,20 @@ def test_an_encoders_head_computes_in_float32_too(tmp_path):
         scores = score(model, [[4, i, j] for i in range(5, 25) for j in range(5, 25)], 0)
     assert any(value != float(torch.tensor(value).bfloat16()) for value in scores.tolist())
     assert len(set(scores.tolist())) > 3 * len(set(scores.bfloat16().tolist()))
+
+
+def test_a_prompt_is_shared_where_log_pi_and_every_gradient_stay_the_same():
+    assert judged(tiny_llama()).shares_prompt
+    opt = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16)
+    assert judged(without_dropout(OPTForCausalLM(opt))).shares_prompt, "learned positions"
+    assert not judged(tiny_llama(), checkpointing=True).shares_prompt, "a block that runs again would find its cache grown"
+
+
+def test_a_prompt_is_not_shared_where_the_cache_forgets_or_stops_the_gradient(monkeypatch):
+    mistral = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=64)
+    assert not judged(without_dropout(MistralForCausalLM(mistral))).shares_prompt, "a window, though the texts here are shorter"
+    update = DynamicLayer.update
+    monkeypatch.setattr(
+        DynamicLayer, "update", lambda self, k, v, *a, **kw: tuple(t.detach() for t in update(self, k, v, *a, **kw))
+    )
+    assert not judged(tiny_llama()).shares_prompt, "equal log pi, but prompts learn nothing"

@@ -1,5 +1,6 @@
-"""launch.sh: one exit code, no process left behind, Ctrl-C for the trainer alone, and bash 3.2's limits."""
+"""launch.sh: one exit code at every stage, no process left behind, Ctrl-C for the trainer alone."""
 
+import ast
 import json
 import os
 import re
@@ -8,41 +9,58 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
 
+from recipes.pipelines import hh
+from reinforce.run import children
+from reinforce.run import launch as launch_
+
 FAKE = """#!/usr/bin/env bash
-# stands in for python: a server or a trainer that does what the test says
+# stands in for a Python with PyTorch: each script does what the test says
 case "$*" in
   *find_spec*) exit 0 ;;
+  *check_flags.py*)
+    echo check >>"$FAKE_DIR/calls"
+    [ -z "${CHECK_SLEEPS:-}" ] || { echo "$$" >"$FAKE_DIR/check.pid"; sleep 60; }
+    exit "${CHECK_CODE:-0}" ;;
+  *recipes/toy.py*--judge*)
+    echo after >>"$FAKE_DIR/calls"
+    [ -z "${AFTER_SLEEPS:-}" ] || { echo "$$" >"$FAKE_DIR/after.pid"; sleep 60; } ;;
+  *recipes/toy.py*)
+    echo prepare >>"$FAKE_DIR/calls"
+    [ -z "${PREPARE_SLEEPS:-}" ] || { echo "$$" >"$FAKE_DIR/prepare.pid"; sleep 60; }
+    echo "$FAKE_DIR/toy" ;;
   *serve_rm.py*)
     while [ "$1" != --ready-file ]; do shift; done
     echo "$$" >"$FAKE_DIR/server.pid"
     [ -z "${SERVER_DIES:-}" ] || { sleep "$SERVER_DIES"; [ -n "${AT_START:-}" ] || { echo 127.0.0.1 9 >"$2"; sleep 1; }; exit 70; }
+    [ -z "${NEVER_READY:-}" ] || exec sleep 60
     echo 127.0.0.1 9 >"$2"; exec sleep 60 ;;
-  *torch.distributed.run*)
+  *reinforce/run/torchrun.py*)
     echo "$@" >"$FAKE_DIR/trainer.args"; echo "$$" >"$FAKE_DIR/trainer.pid"
     while [ "$1" != --log-dir ]; do shift; done
     trap 'echo TERM >>"$FAKE_DIR/signals"; exit 1' TERM
     trap 'echo INT >>"$FAKE_DIR/signals"; echo "{\\"code\\": 75, \\"reason\\": \\"stopped by SIGINT\\"}" >"$2/exit.json"; exit 1' INT
-    [ -z "${TRAINER_CODE:-}" ] || { echo "{\\"code\\": $TRAINER_CODE, \\"reason\\": \\"as told\\"}" >"$2/exit.json"; exit 1; }
+    [ -z "${TORN:-}" ] || { printf '{"code": 0, "rea' >"$2/exit.json"; exit 1; }
+    [ -z "${TRAINER_CODE:-}" ] || { printf '{"code": %s, "reason": "as \\\\"told\\\\""}' "$TRAINER_CODE" >"$2/exit.json"; exit "$((TRAINER_CODE > 0))"; }
     for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 0.5; done; exit 0 ;;
-  *json.load*) exec "$REAL_PYTHON" "$@" ;;
 esac
 """
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start launch.sh run with a stand-in for Python; returns the process."""
+    """Start launch.sh with a stand-in for Python; returns the process."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin/python"
     fake.write_text(FAKE)
     fake.chmod(0o755)
 
     def start(*words, **extra):
-        env = environment(FAKE_DIR=tmp_path, REAL_PYTHON=sys.executable, VIRTUAL_ENV=tmp_path,
+        env = environment(FAKE_DIR=tmp_path, VIRTUAL_ENV=tmp_path,
                           PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **extra)  # fmt: skip
         return subprocess.Popen([ROOT / "launch.sh", *words], env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # fmt: skip
@@ -69,12 +87,14 @@ def pid_of(folder, name, wait=20):
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
 def test_the_exit_code_is_the_trainers_and_its_reason_comes_last(launch, tmp_path, code):
     out, _ = (job := launch("run", "--reward-fn", "x.py:f", "--", "--max-steps", "3", TRAINER_CODE=code)).communicate(timeout=60)
-    assert job.returncode == code
+    assert job.returncode == code, out
     assert gone(pid_of(tmp_path, "server.pid"))
     if code:
-        assert "launch.sh: as told" in out and out.splitlines()[-1].startswith(f"launch.sh: exit code {code}; logs: runs/run-")
+        assert 'launch.sh: as "told"' in out.splitlines() and out.splitlines()[-1].startswith(
+            f"launch.sh: exit code {code}; logs: runs/run-"
+        )
     args = (tmp_path / "trainer.args").read_text()
-    assert "--rm-host 127.0.0.1 --rm-port 9 --rm-wait 600" in args and "--max-steps 3 --log-dir runs/run-" in args
+    assert "train.py --max-steps 3 --rm-host 127.0.0.1 --rm-port 9 --rm-wait 600 --log-dir runs/run-" in args
     assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1" in args and "--max-restarts" not in args
     assert not (tmp_path / "runs/latest").exists(), "train.py moves it, once its models have passed"
 
@@ -101,24 +121,174 @@ def test_a_server_that_never_starts_is_told_with_its_log(launch, tmp_path):
     assert job.returncode == 70 and "server.log" in out and not (tmp_path / "trainer.pid").exists()
 
 
-def test_without_pytorch_it_prints_the_readmes_first_command(tmp_path):
+PHASES = {"check": ("CHECK_SLEEPS", "check"), "prepare": ("PREPARE_SLEEPS", "prepare"), "server": ("NEVER_READY", "server"),
+          "after": ("AFTER_SLEEPS", "after")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_at_any_stage_ends_that_stage_and_everything_that_it_started(launch, tmp_path, phase, name):
+    variable, pid_file = PHASES[phase]
+    job = launch(**{variable: "1"}, **({"TRAINER_CODE": 0} if phase == "after" else {}))
+    child = pid_of(tmp_path, f"{pid_file}.pid")
+    job.send_signal(getattr(signal, f"SIG{name}"))
+    out, _ = job.communicate(timeout=20)
+    assert job.returncode == 75 and f"launch.sh: stopped by SIG{name} " in out, out
+    assert gone(child) and (phase != "after" or gone(pid_of(tmp_path, "server.pid")))
+
+
+@pytest.mark.parametrize("words", [("toy", "--lr", "x"), ("smollm2", "--lr", "x"), ("hh", "pairs.jsonl", "--lr", "x"),
+                                   ("run", "--reward-fn", "f.py:f", "--", "--lr", "x")])  # fmt: skip
+def test_the_flags_of_every_recipe_are_looked_at_before_anything_is_prepared(launch, tmp_path, words):
+    job = launch(*words, CHECK_CODE=2)
+    job.communicate(timeout=20)
+    assert job.returncode == 2 and (tmp_path / "calls").read_text() == "check\n" and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("toy", "--lrr", "1"), "unrecognized arguments: --lrr"),
+    (("run", "--max-lenth", "3", "--"), "unrecognized arguments: --max-lenth"),
+    (("hh", "pairs.jsonl", "--truncated", "cut"), "--truncated"),
+])  # fmt: skip
+def test_a_typo_is_told_in_one_sentence_by_the_real_parser(words, message, tmp_path):
+    out = subprocess.run([ROOT / "launch.sh", *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
+                         env=environment(VIRTUAL_ENV=sys.prefix, PATH=f"{sys.prefix}/bin:{os.environ['PATH']}"))  # fmt: skip
+    assert out.returncode == 2 and out.stdout.startswith("launch.sh: ") and message in out.stdout, out.stdout
+    assert len(out.stdout.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_torn_exit_json_is_no_success(launch, tmp_path):
+    out, _ = (job := launch("run", "--", TORN="1")).communicate(timeout=20)
+    assert job.returncode == 1 and "the actor ended without a word" in out
+
+
+def test_a_stopped_server_does_not_hold_up_the_end(launch, tmp_path):
+    job = launch("run", "--", "--log-dir", tmp_path / "mine")
+    server, trainer = pid_of(tmp_path, "server.pid"), pid_of(tmp_path, "trainer.pid")
+    os.kill(server, signal.SIGSTOP)
+    os.kill(trainer, signal.SIGTERM)
+    job.communicate(timeout=25)
+    assert job.returncode == 1 and gone(server)
+
+
+def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_period_with_all_below_it(tmp_path):
+    """A grandchild in another session, as torchrun's workers are."""
+    grandchild = f"trap '' TERM; echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
+    child = children.Child(
+        ["bash", "-c", f"trap '' TERM; setsid bash -c \"{grandchild}\" & while :; do sleep 0.1; done".replace("$$", "\\$\\$")]
+    )
+    grandchild_pid = pid_of(tmp_path, "pid")
+    assert child.end(grace=0.5) == 137
+    end = time.monotonic() + 5
+    while not gone(grandchild_pid) and not zombie(grandchild_pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+ORPHAN = """
+import sys, time
+from reinforce.run.children import Child, adopt_orphans, end_orphans
+adopt_orphans()
+server = Child(["sleep", "60"])
+worker = "trap 'echo saved > saved; exit 0' TERM; echo \\$\\$ > pid; while :; do sleep 0.1; done"
+torchrun = Child(["bash", "-c", f'setsid bash -c "{worker}" & wait'])
+while not __import__("os").path.exists("pid"):
+    time.sleep(0.05)
+torchrun.process.kill()
+torchrun.process.wait()
+end_orphans([server], 20)
+print(open("saved").read().strip(), server.code)
+server.end()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+def test_workers_of_a_killed_torchrun_are_told_to_save_and_waited_for(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-c", ORPHAN], cwd=tmp_path, env=environment(PYTHONPATH=ROOT), capture_output=True, text=True
+    )
+    assert out.stdout == "saved None\n", out.stderr
+
+
+def zombie(pid):
+    """Dead, though this container's first process has not fetched it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("words", [("--rm-host", "elsewhere"), ("run", "--", "--rm-port=3"), ("run", "--ready-file", "f", "--")])
+def test_what_the_launcher_gives_itself_is_refused_from_others(launch, tmp_path, words):
+    out, _ = (job := launch(*words)).communicate(timeout=20)
+    assert job.returncode == 2 and "launch.sh: --" in out and not (tmp_path / "calls").exists()
+
+
+def test_run_without_the_two_dashes_names_them(launch):
+    out, _ = (job := launch("run", "--reward-model", "m", "--policy", "p")).communicate(timeout=20)
+    assert job.returncode == 2 and "the -- between the flags of serve_rm.py and those of train.py is missing" in out
+
+
+@pytest.mark.parametrize("given", ["0", "two", "-1"])
+def test_a_wrong_number_of_processes_is_told(launch, given):
+    out, _ = (job := launch(NPROC=given)).communicate(timeout=20)
+    assert job.returncode == 2 and f"NPROC is '{given}'" in out
+
+
+def without_pytorch(tmp_path):
+    """The environment of a machine whose only Python is a bare one."""
     (tmp_path / "bin").mkdir()
-    for name in ("bash", "dirname", "sed", "env"):
+    for name in ("bash", "dirname", "env", "readlink"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    (tmp_path / "bin/python3").write_text("#!/usr/bin/env bash\nexit 1\n")
+    (tmp_path / "bin/python3").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -S "$@"\n')  # -S: no site-packages
     (tmp_path / "bin/python3").chmod(0o755)
-    shutil.copy(ROOT / "launch.sh", tmp_path)
-    out = subprocess.run([tmp_path / "launch.sh"], env={"PATH": str(tmp_path / "bin")}, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT)  # fmt: skip
+    for name in subprocess.run(["git", "ls-files", "launch.sh", "reinforce", "recipes/pipelines"], cwd=ROOT, capture_output=True,
+                               text=True, check=True).stdout.splitlines():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return {"PATH": str(tmp_path / "bin")}
+
+
+def test_without_pytorch_it_prints_the_readmes_first_command_and_its_own_help(tmp_path):
+    env = without_pytorch(tmp_path)
+    out = subprocess.run([tmp_path / "launch.sh"], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = next(line.strip() for line in (ROOT / "README.md").read_text().splitlines() if "python3 -m venv .venv" in line)
     assert out.returncode == 2 and first in out.stdout
+    out = subprocess.run([tmp_path / "launch.sh", "--help"], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert out.returncode == 0 and all(word in out.stdout for word in ("smollm2", "run SERVER FLAGS", "NPROC", "75"))
 
 
-def test_an_unknown_recipe_is_refused_and_help_shows_the_three(launch):
+def test_the_launcher_imports_the_standard_library_alone():
+    """A Slurm batch host needs no PyTorch."""
+    for path in [ROOT / f"reinforce/run/{name}.py" for name in ("launch", "slurm", "children")] + list(
+        (ROOT / "recipes/pipelines").glob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("reinforce"):
+                assert {f"{node.module}.{a.name}" for a in node.names} <= {
+                    "reinforce.run.slurm",
+                    "reinforce.run.launch.Job",
+                } or node.module == "reinforce.run.children", path
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names, (path, names)
+
+
+def test_an_unknown_recipe_is_refused_and_a_near_one_named(launch):
     out, _ = (job := launch("llama")).communicate(timeout=20)
-    assert job.returncode == 2 and "unknown recipe 'llama'" in out
-    out, _ = (job := launch("--help")).communicate(timeout=20)
-    assert job.returncode == 0 and all(word in out for word in ("smollm2", "run SERVER FLAGS", "NPROC"))
+    assert job.returncode == 2 and "unknown recipe 'llama'; there are toy, smollm2, run, hh, compare" in out
+    out, _ = launch("compar").communicate(timeout=20)
+    assert "did you mean compare?" in out
+
+
+def test_a_symlinked_launch_sh_and_a_cdpath_find_the_repository(launch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/go").symlink_to(os.path.relpath(ROOT / "launch.sh", tmp_path / "elsewhere"))
+    (tmp_path / "again").symlink_to("elsewhere/go")
+    for start in (tmp_path / "again", "./launch.sh", "launch.sh"):
+        command = [start, "--help"] if not isinstance(start, str) else ["bash", start, "--help"]
+        out = subprocess.run(command, cwd=ROOT, env=environment(CDPATH=f"{tmp_path}:{ROOT.parent}"), capture_output=True, text=True)
+        assert out.returncode == 0 and "HH-RLHF" in out.stdout, out.stderr
 
 
 def test_smollm2_without_its_packages_ends_with_the_pip_line(tmp_path):
@@ -135,11 +305,10 @@ def test_smollm2_without_its_packages_ends_with_the_pip_line(tmp_path):
 
 def test_the_script_uses_nothing_that_bash_3_2_lacks():
     text = (ROOT / "launch.sh").read_text()
-    assert text.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in text
+    assert text.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in text and len(text.splitlines()) <= 40
+    code = "\n".join(line.partition("  #")[0] for line in text.splitlines() if not line.startswith("#"))
     for new in (r"wait -n", r"mapfile", r"readarray", r"declare -A", r"setsid", r"readlink -f", r"\$\{\w+,,", r"&>>", r"\|&"):
-        assert not re.search(new, text), new
-    for array in ("train_flags", "server_flags"):
-        assert f'${{{array}[@]+"${{{array}[@]}}"}}' in text or f"{array}=(--" in text, "an empty array is unbound under set -u"
+        assert not re.search(new, code), new
 
 
 def test_exit_json_of_an_earlier_run_is_not_taken_for_this_ones(launch, tmp_path):
@@ -149,3 +318,48 @@ def test_exit_json_of_an_earlier_run_is_not_taken_for_this_ones(launch, tmp_path
     job = launch("run", "--", f"--log-dir={run}", TRAINER_CODE=0)
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and "long ago" not in out
+
+
+# the supervisor's functions
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ('{"code": 75, "reason": "r"}', (75, "r")), ('{"code": 0, "rea', None), ("", None), ("[]", None), ('{"code": null, "reason": ""}', None),
+])  # fmt: skip
+def test_exit_json_is_read_whole_or_not_at_all(tmp_path, text, found):
+    (tmp_path / "exit.json").write_text(text)
+    assert launch_.read_exit(tmp_path) == found
+
+
+def test_the_last_value_of_a_flag_counts_as_argparse_has_it():
+    value = launch_.value_of
+    assert value("--log-dir", ["--log-dir", "a", "--log-dir=b"]) == "b" and value("--log-dir", ["--log-dir"]) is None
+    assert value("--log-dir", ["--log-dirs", "a"]) is None
+
+
+def test_a_folder_is_made_once_and_only_whole(tmp_path, monkeypatch):
+    """`make` of a command that fails leaves nothing that a next run would take for the result."""
+    job = launch_.Job.__new__(launch_.Job)
+    results = []
+
+    def run(script, *words):
+        Path(words[-1]).mkdir()
+        results.append(words)
+        if len(results) == 1:
+            raise children.EndedError(3)
+
+    job.run = run
+    with pytest.raises(children.EndedError):
+        job.make(tmp_path / "w/sft", "recipes/sft.py")
+    assert not (tmp_path / "w/sft").exists()
+    job.make(tmp_path / "w/sft", "recipes/sft.py")
+    job.make(tmp_path / "w/sft", "recipes/sft.py")
+    assert (tmp_path / "w/sft").is_dir() and len(results) == 2
+
+
+def test_the_hh_recipe_takes_its_flags_from_anywhere():
+    assert hh.taken("--size", ["--lr", "1", "--size", "quick"], "hour") == ("quick", ["--lr", "1"])
+    assert hh.taken("--size", ["--size=full"], "hour") == ("full", []) and hh.taken("--size", [], "hour") == ("hour", [])
+    with pytest.raises(children.EndedError, match="--base needs a value"):
+        hh.taken("--base", ["--base"], "")
+    assert hh.key_of("a") != hh.key_of("b")

@@ -212,3 +212,33 @@ def test_logits_are_float32_under_bf16_in_sampler_scorer_and_reference_and_the_l
         scored, frozen = Scorer(policy, True)(*rows), Scorer(reference, True)(*rows)
     assert logits.dtype == torch.float32 and len(set(logits[0, -1].tolist())) > 0.9 * logits.shape[-1], "not rounded to bfloat16"
     assert torch.equal(scored, frozen) and 0 < (out.logp - scored).abs().max() < 0.1
+
+
+def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient():
+    """Ragged prompts and responses, rows of three prompts in any order, one response of a single token."""
+    policy = tiny_llama()
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=draw) for n in (5, 2, 7)]
+    order, lengths = [0, 2, 1, 0, 2, 0], torch.tensor([3, 1, 4, 6, 2, 5])
+    prompt = torch.stack([torch.cat([torch.zeros(7 - len(prompts[i]), dtype=torch.long), prompts[i]]) for i in order])
+    prompt_mask = torch.stack([torch.arange(7) >= 7 - len(prompts[i]) for i in order])
+    response = torch.randint(3, VOCABULARY, (6, 6), generator=draw)
+    mask = torch.arange(6) < lengths[:, None]
+    found = []
+    for shares in (False, True):
+        policy.zero_grad()
+        logp = Scorer(policy, plain=True, shares_prompt=shares)(prompt, prompt_mask, response, mask)
+        (logp * torch.arange(1, 7)[:, None]).sum().backward()
+        found.append((logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    (logp, gradient), (again, shared) = found
+    torch.testing.assert_close(again, logp, atol=2e-5, rtol=0)
+    assert (shared - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_the_prompt_runs_once_whatever_the_number_of_its_rows():
+    policy, widths = tiny_llama(), []
+    policy.model.layers[0].register_forward_pre_hook(lambda _, args, kw: widths.append(tuple(args[0].shape[:2])), with_kwargs=True)
+    prompt = torch.full((4, 5), 3)
+    ones = torch.ones(4, 5, dtype=torch.bool)
+    Scorer(policy, plain=True, shares_prompt=True)(prompt, ones, torch.full((4, 3), 4), ones[:, :3])
+    assert widths == [(1, 5), (4, 3)]

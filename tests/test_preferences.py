@@ -62,7 +62,7 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, record, rea
 ])  # fmt: skip
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, record):
     path = save(tmp_path / "p.jsonl", [pair("yes", "no", "Really?"), record])
-    with pytest.raises(ConfigError, match=r"p\.jsonl:2: "):
+    with pytest.raises(ConfigError, match=r"p\.jsonl line 2: "):
         read_pairs(path, "--pairs")
     pairs, odd = read_pairs(path, "--pairs", skip_bad_lines=True)
     assert len(pairs) == 1 and odd == {"left out, malformed": 1}

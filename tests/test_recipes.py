@@ -171,7 +171,7 @@ def test_a_margin_asks_for_a_larger_gap(small, monkeypatch):
     (sft, ["--model", "m", "--data", "d", "--out", "o", "--lr", "0"], "--lr is 0.0; it must be positive"),
     (train_rm, ["--model", "m", "--pairs", "none.jsonl", "--out", "o"], "--pairs none.jsonl: no such file"),
     (train_rm, ["--model", "m", "--pairs", "p", "--out", "o", "--held-out", "1"], "--held-out is 1.0"),
-    (evaluate, ["--run", "nowhere"], "--run nowhere: no run of train.py there"),
+    (evaluate, ["--run", "nowhere"], "--run nowhere is no run folder of train.py"),
     (compare, ["--policy", "p"], "come as a set"), (compare, ["--seeds", "1"], "--seeds must be 2 or more"),
     (compare, ["--", "--num-rollouts-per-prompt", "1"], "--baseline rloo compares"),
     (compare, ["--", "--seed", "3"], "--seed after --"), (compare, ["--", "--loss-norm", "token"], "add --noise-prompts 0"),

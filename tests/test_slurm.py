@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, metrics
 
-from reinforce.run import checkpoint
+from reinforce.run import checkpoint, slurm
+from reinforce.run.children import EndedError
 
 SBATCH = """#!/usr/bin/env bash
 # sbatch OPTIONS : OPTIONS SCRIPT WORDS: runs a copy of the script, as Slurm does, with a hetjob's variables
@@ -24,7 +25,8 @@ export SLURM_JOB_NODELIST_HET_GROUP_0=rm1 SLURM_JOB_NODELIST_HET_GROUP_1="$ACTOR
 exec bash "$STANDIN/spool/slurm_script" "$@"
 """
 SRUN = """#!/usr/bin/env bash
-# srun OPTIONS PROGRAM WORDS: one process a node; signals go to all of them; the largest code is its own
+# srun OPTIONS PROGRAM WORDS: one process a node; USR1 goes to every process below them; the largest code is its own
+for word in "$@"; do [ "$word" != : ] || { echo "srun: error: het component" >&2; exit 1; }; done
 echo "$@" >>"$STANDIN/srun"
 nodes=1
 while [ "${1#-}" != "$1" ]; do
@@ -34,7 +36,8 @@ done
 tasks=()
 for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & tasks+=("$!"); done
 trap 'kill -KILL "${tasks[@]}"' TERM  # as the real one does: "forcing job termination"
-trap 'kill -USR1 "${tasks[@]}"' USR1
+below() { for child in $(ps -A -o pid=,ppid= | awk -v p="$1" '$2 == p {print $1}'); do below "$child"; done; kill -USR1 "$1" 2>/dev/null; }
+trap 'for task in "${tasks[@]}"; do below "$task"; done' USR1
 code=0
 for task in "${tasks[@]}"; do
   while kill -0 "$task" 2>/dev/null; do wait "$task"; one=$?; done
@@ -109,9 +112,15 @@ def test_a_job_whose_time_runs_out_goes_on_when_requeued_and_ends_with_its_serve
     assert (tmp_path / "scontrol").read_text() == "requeue 4242\n" and not running(tmp_path)
 
     server, actor = (tmp_path / "srun").read_text().splitlines()[:2]
-    assert server.startswith("--het-group=0 --nodes=1 --ntasks=1 --mpi=none --container-image=x") and "--host 0.0.0.0" in server
-    assert actor.startswith("--het-group=1 --nodes=2 --ntasks-per-node=1") and "--mpi=none --container-image=x" in actor
-    assert "--rdzv-endpoint localhost:24242" in actor and "--nnodes 2" in actor and "--rm-host localhost" in actor
+    assert (
+        server.startswith("--het-group=0 --nodes=1 --ntasks-per-node=1 --mpi=none --container-image=x")
+        and "--host 0.0.0.0" in server
+    )
+    assert (
+        actor.startswith("--het-group=1 --nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1")
+        and "--mpi=none --container-image=x" in actor
+    )
+    assert "--rdzv-endpoint=localhost:24242" in actor and "--nnodes=2" in actor and "--rm-host localhost" in actor
     token = run / "rm_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and re.fullmatch(r"[0-9a-f]{64}", token.read_text())
     everything = (
@@ -155,9 +164,80 @@ def test_a_job_without_a_new_checkpoint_is_not_requeued(sbatch, tmp_path):
 
 
 def test_the_defects_of_the_tutorials_scripts_have_no_counterpart():
-    text = (ROOT / "launch.sh").read_text()
-    assert "set -euo pipefail" in text, "no undefined variable"
-    assert not re.search(r"sleep [1-9]", text), "readiness is asked for, not slept for"
-    assert not re.search(r"^\s*wait\s*$", text, re.MULTILINE), "no wait without a process"
-    assert "#SBATCH --signal=B:USR1@300" in text and "#SBATCH hetjob" in text and "--requeue" in text
-    assert not re.search(r">\s*-e|-o -e", text), "no log file named -e"
+    batch = (ROOT / "launch.sh").read_text()
+    assert "set -euo pipefail" in batch, "no undefined variable"
+    assert "#SBATCH --signal=B:USR1@300" in batch and "#SBATCH hetjob" in batch and "--requeue" in batch
+    assert not re.search(r">\s*-e|-o -e", batch), "no log file named -e"
+    for name in ("launch", "slurm", "children"):
+        text = (ROOT / f"reinforce/run/{name}.py").read_text()
+        assert not re.search(r"sleep\([1-9]", text), "readiness is asked for, not slept for"
+
+
+# slurm.py's functions
+
+
+@pytest.fixture
+def hetjob(tmp_path, monkeypatch):
+    """Variables of a job with one server node and two actor nodes."""
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST_HET_GROUP_0": "rm1",
+                        "SLURM_JOB_NODELIST_HET_GROUP_1": "actor2", "STANDIN": str(tmp_path)}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_words_of_srun_args_keep_their_quotes_and_cpus_are_of_their_group(hetjob):
+    hetjob.setenv("SRUN_ARGS", "--container-mounts='/a b:/a b' --mpi=none")
+    hetjob.setenv("SLURM_CPUS_PER_TASK_HET_GROUP_1", "12")
+    job = slurm.Hetjob()
+    assert job.srun(0) == [
+        "srun",
+        "--het-group=0",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--container-mounts=/a b:/a b",
+        "--mpi=none",
+    ]
+    assert "--cpus-per-task=12" in job.srun(1) and "--nodes=2" in job.srun(1)
+    assert job.rendezvous() == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=123456", "--rdzv-endpoint=localhost:23456"]
+
+
+@pytest.mark.parametrize(("given", "cpus"), [("32(x2),16", 32), ("16", 16), ("16,32", 16), ("", None)])
+def test_the_cpus_of_an_actors_node(hetjob, given, cpus):
+    hetjob.setenv("SLURM_JOB_CPUS_PER_NODE_HET_GROUP_1", given)
+    assert slurm.Hetjob().cpus() == cpus
+
+
+@pytest.mark.parametrize(("given", "processes"), [("8", "8"), ("h100:4", "4"), (None, "gpu")])
+def test_a_process_for_each_gpu_of_a_node(hetjob, given, processes):
+    if given:
+        hetjob.setenv("SLURM_GPUS_PER_NODE_HET_GROUP_1", given)
+    assert slurm.Hetjob().processes() == processes
+
+
+def test_an_empty_node_list_and_a_missing_scontrol_are_told(hetjob, tmp_path):
+    with pytest.raises(EndedError, match="names no host of 'rm0'"):
+        slurm.hosts_of("rm0")
+    hetjob.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(EndedError, match="scontrol cannot be started"):
+        slurm.hosts_of("rm1")
+
+
+def test_a_token_replaces_an_old_file_that_others_could_read(tmp_path):
+    token = tmp_path / "rm_token"
+    token.write_text("old")
+    token.chmod(0o644)
+    slurm.write_token(token)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and re.fullmatch(r"[0-9a-f]{64}", token.read_text())
+
+
+def test_a_lone_colon_would_end_sruns_command_and_is_refused_with_the_way_out(sbatch):
+    out, _ = (job := sbatch("--end-strings", ":")).communicate(timeout=60)
+    assert job.returncode == 2 and "write --end-strings=:" in out
+
+
+def test_a_batch_script_submitted_elsewhere_says_where_to(tmp_path):
+    env = environment(SLURM_JOB_ID=1, SLURM_JOB_NODELIST_HET_GROUP_1="a", SLURM_SUBMIT_DIR=tmp_path)
+    out = subprocess.run(["bash", ROOT / "launch.sh", "run", "--"], env=env, capture_output=True, text=True)
+    assert out.returncode == 2 and "call it, or sbatch, in the folder of launch.sh" in out.stderr

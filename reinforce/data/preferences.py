@@ -1,10 +1,12 @@
-"""Preference pairs in: one prompt with a chosen and a rejected reply, as HH-RLHF's dialogues or as chat messages.
+"""Preference pairs in: one prompt with a chosen and a rejected reply, as dialogues or as messages.
 
-    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Go away."}
-    {"chosen": [{"role", "content"}, ...], "rejected": [...]}          each the whole conversation, or with "prompt" its end
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi\\n\\n..."}
+    {"chosen": [{"role", "content"}, ...], "rejected": [...]}
 
-A turn begins at a blank line, the speaker's name and a colon; "Human:" anywhere else is text, and so is a speaker's name
-before a second turn of the same speaker. Real data has pairs that teach nothing; they are counted by reason, never crashed on.
+Each side is the whole conversation, or the end of it where "prompt" is its beginning. HH-RLHF's
+dialogues are text: a turn begins at a blank line, the speaker's name and a colon; "Human:" anywhere
+else is text, and so is a speaker's name before a second turn of the same speaker. Real data has
+pairs that teach nothing; they are counted by reason, never crashed on.
 See "Training a Helpful and Harmless Assistant with RLHF", Bai et al. (2022, arXiv 2204.05862).
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.data.records import BadLineError, read_records
+from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.text import is_chat
 
@@ -39,8 +41,8 @@ class UnusablePairError(BadLineError):
 def parse_dialogue(text: str) -> Messages:
     r"""HH-RLHF's text as messages. Raises BadLineError.
 
-    >>> parse_dialogue("\n\nHuman: Who said 'Human: no'?\n\nAssistant: I did.")
-    [{'role': 'user', 'content': "Who said 'Human: no'?"}, {'role': 'assistant', 'content': 'I did.'}]
+    >>> parse_dialogue("\n\nHuman: Is 'Human: no' me?\n\nAssistant: No.")
+    [{'role': 'user', 'content': "Is 'Human: no' me?"}, {'role': 'assistant', 'content': 'No.'}]
     """
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     if before.strip() or not parts or parts[0] != "Human":
@@ -75,9 +77,11 @@ def side(record: dict[str, Any], key: str) -> Messages:
 
 
 def parse_pair(record: Any) -> Preference:
-    """One record as a preference. Raises BadLineError if it is malformed, UnusablePairError if it is no preference."""
-    if not isinstance(record, dict) or "chosen" not in record or "rejected" not in record:
+    """One record as a preference. Raises BadLineError, or UnusablePairError if useless."""
+    if not isinstance(record, dict):
         raise BadLineError('not an object with "chosen" and "rejected"')
+    if "chosen" not in record or "rejected" not in record:
+        raise BadLineError(f'a pair needs "chosen" and "rejected"; {columns(record)}')
     chosen, rejected = side(record, "chosen"), side(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UnusablePairError("replies to different prompts")
@@ -96,7 +100,7 @@ def parse_pair(record: Any) -> Preference:
 def read_pairs(
     source: str, flag: str, skip_bad_lines: bool = False
 ) -> tuple[list[Preference], dict[str, int]]:
-    """The usable pairs of a file, folder or hub data set, and a count by reason of what is odd or was left out.
+    """The usable pairs of a source, and a count by reason of what is odd or was left out.
 
     Raises ConfigError on malformed lines, unless they are skipped.
     """
@@ -125,10 +129,12 @@ def read_pairs(
 def split_by_opening(
     pairs: Sequence[Preference], share: float, seed: int = 0
 ) -> tuple[list[Preference], list[Preference]]:
-    """Pairs to train on and pairs held out, about `share` of all; conversations that open alike are on the same side.
+    """Pairs to train on, and pairs held out, about `share` of all.
 
+    Conversations that open alike are on the same side.
     What opens a conversation is its first message after the system's.
-    The side is a function of the opening message and the seed alone, so it is the same in every file and for every recipe.
+    The side is a function of the opening message and the seed alone, so it is the same in every
+    file and for every recipe.
     """
     train: list[Preference] = []
     held_out: list[Preference] = []

@@ -1,11 +1,13 @@
 """Prompts: what a record must be, their token ids, and the order they are taken in.
 
-One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the seed's key) or `{"messages": [{"role", "content"}, ...]}`,
-with an optional "label" for the reward; of a preference pair, `{"chosen", "rejected"}`, it is what both reply to. Which prompts
-belong to step n is a function of (seed, n): a permutation per epoch, each prompt once, the last step of an epoch taking those
-that remain.
+One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the seed's key) or
+`{"messages": [{"role", "content"}, ...]}`, with an optional "label" for the reward. A "prompt" that
+is a list is messages. Of a preference pair, `{"chosen", "rejected"}`, the prompt is what both reply
+to. Which prompts belong to step n is a function of (seed, n): a permutation per epoch, each prompt
+once, the last step of an epoch taking those that remain.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from reinforce.data.preferences import side
-from reinforce.data.records import BadLineError
+from reinforce.data.records import BadLineError, columns
 from reinforce.errors import ConfigError
 from reinforce.sampler import row_seed
 from reinforce.text import Prompt, encode, is_chat, render
@@ -52,38 +54,71 @@ class Data:
         )
 
 
-def check_record(record: Any) -> dict[str, Any]:
-    """The record itself, if it is a prompt. Raises BadLineError with the reason."""
-    if isinstance(record, dict) and "chosen" in record:
-        record = {
-            "messages": side(record, "chosen")[:-1],
-            **({"label": record["label"]} if "label" in record else {}),
-        }
-    if not isinstance(record, dict) or sum(key in record for key in KEYS) != 1:
-        raise BadLineError(
-            'not an object with exactly one of "prompt", "text", "messages", or with "chosen" and "rejected"'
-        )
-    key = next(key for key in KEYS if key in record)
-    value = record[key]
-    if key == "messages":
+def check_record(
+    record: Any, prompt_key: str | None = None, label_key: str | None = None
+) -> dict[str, Any]:
+    """A record as {"prompt": str} or {"messages": [...]}, with "label" if it has one.
+
+    The keys name the columns of prompt and label; without them those are found by the names above.
+    Raises BadLineError.
+    """
+    if not isinstance(record, dict):
+        raise BadLineError('not an object, such as {"prompt": "..."}')
+    key, value = prompt_of(record, prompt_key)
+    checked = {"messages" if isinstance(value, list) else "prompt": value}
+    if key == "messages" or isinstance(value, list):
         if not is_chat(value) or value[-1]["role"] == "assistant":
             raise BadLineError(
-                '"messages" must be a list of {"role", "content"} strings that the assistant answers'
+                f'"{key}" must be a list of {{"role", "content"}} that the assistant answers'
             )
     elif not isinstance(value, str) or not value.strip():
-        raise BadLineError(f'"{key}" must be a string that is not empty')
-    for text in (
-        [value]
-        if isinstance(value, str)
-        else [m[part] for m in value for part in ("role", "content")]
-    ):
+        raise BadLineError(f'"{key}" must be a string that is not empty, or a list of messages')
+    must_be_unicode(key, value)
+    if label_key is not None and label_key not in record:
+        raise BadLineError(f'no "{label_key}" (--label-key); {columns(record)}')
+    label = label_key or "label"
+    if label in record:
+        checked["label"] = record[label]
+        must_be_json(label, record[label])
+    return checked
+
+
+def prompt_of(record: dict[str, Any], prompt_key: str | None) -> tuple[str, Any]:
+    """The name and the value, of any type, of a record's prompt. Raises BadLineError."""
+    if prompt_key is None and "chosen" in record:
+        return "messages", side(record, "chosen")[:-1]
+    named = [key for key in ([prompt_key] if prompt_key else KEYS) if key in record]
+    if len(named) > 1:
+        both = " and ".join(f'"{key}"' for key in named)
+        raise BadLineError(f"{both} in one record: --prompt-key says which is the prompt")
+    if not named:
+        wanted = f'"{prompt_key}"' if prompt_key else '"prompt", "text", "messages" or "chosen"'
+        raise BadLineError(
+            f"no {wanted}; {columns(record)}: --prompt-key names the column of the prompt"
+        )
+    return named[0], record[named[0]]
+
+
+def must_be_unicode(key: str, value: str | list[dict[str, str]]) -> None:
+    """Raise BadLineError on half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    parts = (
+        [value] if isinstance(value, str) else [m[p] for m in value for p in ("role", "content")]
+    )
+    for text in parts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadLineError(
                 f'"{key}" holds half of a surrogate pair, {error.object[error.start]!r}'
             ) from error
-    return record
+
+
+def must_be_json(key: str, value: Any) -> None:
+    """Raise BadLineError on a label that cannot be sent to a reward server, such as a date."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise BadLineError(f'"{key}" is no JSON value ({error}); make it text') from error
 
 
 def tokenize(
@@ -93,16 +128,19 @@ def tokenize(
     flag: str,
     date: str | None = None,
 ) -> tuple[list[Prompt], int]:
-    """Prompts of at most max_length tokens, and how many longer ones were dropped; `date` as of `render`. Raises ConfigError."""
+    """Prompts of at most max_length tokens, and how many longer ones were dropped.
+
+    `date` as of `render`. Raises ConfigError.
+    """
     prompts, dropped = [], 0
     for index, record in enumerate(records):
         messages = record.get("messages")
         if messages is not None and not tokenizer.chat_template:
             raise ConfigError(
-                f'{flag} has "messages", but the tokenizer of --policy has no chat template; use "prompt"'
+                f"{flag} has messages, but --policy's tokenizer has no chat template; give text"
             )
         if messages is None:
-            text = record["prompt"] if "prompt" in record else record["text"]
+            text = record["prompt"]
         else:
             text = render(
                 tokenizer, messages, f"{flag}, prompt {index + 1}", date, add_generation_prompt=True

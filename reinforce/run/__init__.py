@@ -1,1 +1,4 @@
-"""What makes a run safe: set-up, processes, checkpoints, logs. A reader of the algorithm can leave it closed."""
+"""What makes a run safe: set-up, processes, checkpoints, logs.
+
+A reader of the algorithm can leave this folder closed.
+"""

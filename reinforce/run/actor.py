@@ -60,9 +60,7 @@ class Actor:
     tokenizer: Any
     model: nn.Module  # the policy
     policy: Scorer  # the same parameters: `decode` for sampling
-    scorer: (
-        nn.Module
-    )  # the same again, as the module whose forward gives logp: the one that DDP or FSDP wraps
+    scorer: nn.Module  # the same again, wrapped by DDP or FSDP: its forward gives logp
     reference: nn.Module | None  # scorer of the frozen initial policy; None if beta = 0
     client: RewardClient
     training: Sampling
@@ -90,21 +88,22 @@ class Actor:
         sampling: Sampling,
         max_rows: int | None = None,
     ) -> Rollout:
-        """k responses to each prompt, each row with random numbers of its own, at most `max_rows` rows at a time.
+        """k responses to each prompt, at most `max_rows` rows at a time.
 
-        Call it under `distributed.gathered(actor.policy)`: ranks stop at different lengths.
+        Each row has random numbers of its own. Call this under `distributed.gathered(self.policy)`:
+        ranks stop at different lengths.
         """
         seeds = [row_seed(self.config.seed, step, p.index, j) for p in prompts for j in range(k)]
         rows = max_rows or self.config.rollout_micro_batch_size
+        ids = [p.ids for p in prompts]
         with devices.autocast(self.device, self.bf16):
-            return sample_in_batches(
-                self.policy.decode, [p.ids for p in prompts], seeds, sampling, rows, self.device
-            )
+            return sample_in_batches(self.policy.decode, ids, seeds, sampling, rows, self.device)
 
     def reward(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Tensor:
-        """The reward server's word on each row, (B,) float64. A rank whose server fails it takes the others along.
+        """The reward of each row, (B,) float64, from the server.
 
-        A sampled row that the server refuses is NaN, as often in a run as --skip-refused allows.
+        A rank whose server fails takes the other ranks along. A sampled row that the server refuses
+        is NaN, as often in a run as --skip-refused allows.
         """
         most = self.refusals.left if kind == SAMPLED else 0
         with self.clock("reward"):
@@ -116,72 +115,67 @@ class Actor:
     def ask(
         self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0
     ) -> tuple[Tensor, list[Row]]:
-        """`reward` of one rank alone, and the rows that are NaN; raises RefusedRowError where more than `most` are refused."""
-        reward, refused = (
-            torch.empty(len(rollout.finished), dtype=torch.float64),
-            list[Row](),
-        )  # (B,)
+        """`reward` of one rank alone, and the rows that are NaN.
 
-        def row(b: int, response: str, answer: str) -> Row:
+        Raises RefusedRowError where the server refuses more than `most`.
+        """
+        reward = torch.empty(len(rollout.finished), dtype=torch.float64)  # (B,)
+        refused: list[Row] = []
+
+        def refusal(b: int, response: str, answer: str) -> Row:
             prompt = prompts[b * len(prompts) // len(reward)]
-            return {
-                "index": prompt.index,
-                "prompt": prompt.text,
-                "response": response,
-                "answer": answer,
-                "kind": kind,
-            }
+            place = {"index": prompt.index, "prompt": prompt.text}
+            return {**place, "response": response, "answer": answer, "kind": kind}
 
-        for rows, request in reward_requests(
-            self.tokenizer, prompts, rollout, as_text=self.config.rm_format == "query"
-        ):
-            said = request["completions"]
+        as_text = self.config.rm_format == "query"
+        for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text):
+            texts = request["completions"]
             try:
                 values, answers = rewards_but_refused(self.client, request, most - len(refused))
             except RefusedError as error:
                 if error.index is None:
                     raise
-                raise RefusedRowError(
-                    row(rows[error.index], said[error.index], str(error))
-                ) from error
-            refused += [row(rows[i], said[i], answer) for i, answer in answers.items()]
-            reward[rows] = torch.tensor(
-                [torch.nan if v is None else v for v in values], dtype=torch.float64
-            )
+                i = error.index
+                raise RefusedRowError(refusal(rows[i], texts[i], str(error))) from error
+            refused += [refusal(rows[i], texts[i], answer) for i, answer in answers.items()]
+            numbers = [torch.nan if value is None else value for value in values]
+            reward[rows] = torch.tensor(numbers, dtype=torch.float64)
         return reward, refused
 
     def reference_logp(self, rollout: Rollout) -> Tensor | None:
-        """log pi_ref of every response token, (B, T) float32, 0 outside the mask; None if beta = 0."""
+        """log pi_ref of every response token, (B, T), 0 outside the mask; None if beta = 0."""
         if self.reference is None:
             return None
         with self.clock("reference"):
             return self.score(self.reference, rollout)
 
     def logp_old(self, rollout: Rollout) -> Tensor:
-        """log pi of every response token under the policy as it is now, (B, T) float32, without gradient."""
+        """log pi of every response token under the policy as it is now, (B, T), no gradient."""
         return self.score(self.scorer, rollout)
 
     @torch.no_grad()
     def score(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
-        """logp of every response token under `scorer`, (B, T) float32, in micro-batches; 0 outside the mask."""
+        """logp of every response token under `scorer`, (B, T) float32; 0 outside the mask."""
         logp = torch.zeros_like(rollout.logp)  # (B, T)
-        for rows in distributed.in_step(
-            micro_batches(*rollout.lengths, self.config.forward_micro_batch_size, sys.maxsize)
-        ):
+        max_rows = self.config.forward_micro_batch_size
+        group = rollout.groups if self.policy.shares_prompt else None
+        runs = micro_batches(*rollout.lengths, max_rows, sys.maxsize, group)
+        for rows in distributed.in_step(runs):
             part = rollout.take(rows)
             logp[rows, : part.mask.shape[1]] = self._forward(scorer, part)[: len(rows)]
         return logp
 
     def micro_batches(self, batch: Batch, update: Update) -> Iterator[Batch]:
-        """The parts of this rank's rows of an optimizer step; gradients are exchanged in the last one's backward pass.
+        """The parts of this rank's rows of an optimizer step.
 
-        Every rank gets as many: one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
+        Ranks exchange gradients in the last part's backward pass. Every rank gets as many parts:
+        one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
         """
-        config = self.config
+        most = self.config.micro_batch_size, self.config.micro_batch_tokens
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
-        parts = distributed.in_step(
-            micro_batches(prompt, response, config.micro_batch_size, config.micro_batch_tokens)
-        )
+        groups = batch.rollout.groups if self.policy.shares_prompt else None
+        group = None if groups is None else [groups[b] for b in update.rows]
+        parts = distributed.in_step(micro_batches(prompt, response, *most, group))
         for i, part in enumerate(parts):
             with distributed.accumulating(self.scorer, last=i + 1 == len(parts)):
                 yield batch.take([update.rows[j] for j in part])
@@ -192,7 +186,6 @@ class Actor:
 
     def _forward(self, scorer: nn.Module, rollout: Rollout) -> Tensor:
         with devices.autocast(self.device, self.bf16):
-            logp: Tensor = scorer(
-                rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask
-            )  # (B, T)
+            rows = (rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)
+            logp: Tensor = scorer(*rows)  # (B, T)
             return logp

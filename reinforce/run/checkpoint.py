@@ -1,13 +1,16 @@
-"""A checkpoint is an ordinary Hugging Face folder, `checkpoints/step-000010`, and what a run needs to go on from it, bitwise.
+"""A checkpoint: a Hugging Face folder `checkpoints/step-000010` from which a run goes on, bitwise.
 
-    model*.safetensors, config.json, tokenizer   the float32 weights, whole whatever the ranks and the wrapping, tied ones once
-    training/optimizer.safetensors               AdamW's two averages and step of each parameter, by the parameter's name
-    state.json                                   step, validation reward, state of the baseline, precision, refused responses
-    manifest.json                                size and sha256 of all of these
+    model*.safetensors, config.json,   the float32 weights, gathered from all ranks,
+        tokenizer                      tied weights once
+    training/optimizer.safetensors     AdamW's two averages and step, by the parameter's name
+    state.json                         step, validation reward, state of the baseline, precision,
+                                       number of refused responses
+    manifest.json                      size and sha256 of all of these
 
-Prompt order, learning rate and random numbers are functions of the step, so there is nothing else to keep. It is written beside
-its place, flushed to the disk and renamed: a folder of that name is whole, and what the disk does to it later shows in the
-manifest. Left out: shards written by every rank (one copy of the model must fit rank 0's memory).
+Prompt order, learning rate and random numbers are functions of the step: nothing else is kept.
+A checkpoint is written to a folder of another name, flushed to the disk and renamed, so it is
+complete once it has its name. Damage done later by the disk shows in the manifest. Left out:
+shards written by every rank (one copy of the model must fit into rank 0's memory).
 """
 
 import hashlib
@@ -28,7 +31,8 @@ from reinforce.errors import ConfigError, FailedError
 from reinforce.run import distributed
 
 MANIFEST = "manifest.json"
-OPTIMIZER = "training/optimizer.safetensors"  # inference engines read every *.safetensors beside config.json
+# in a folder of its own: inference engines read every *.safetensors beside config.json
+OPTIMIZER = "training/optimizer.safetensors"
 
 
 def save(
@@ -40,12 +44,14 @@ def save(
     state: dict[str, Any],
     keep_best: int,
 ) -> Path:
-    """Write the checkpoint of `step` finished steps; keep the last one and the `keep_best` best by state["val_reward"].
+    """Write the checkpoint of `step` finished steps, and remove older ones that are not kept.
 
-    Every rank calls it, rank 0 writes. Raises FailedError on all of them if the disk is full; older checkpoints are then untouched.
+    Kept are this one and, by state["val_reward"], the `keep_best` best of the others. Every rank
+    calls it, and rank 0 writes. Raises FailedError on all ranks if rank 0 cannot write (the disk is
+    full, for one); older checkpoints are then untouched.
     """
-    weights = dict(_whole(model.state_dict(keep_vars=True).items()))
-    moments = dict(_whole(_moments(model, optimizer)))
+    weights = dict(_gather_tensors(model.state_dict(keep_vars=True).items()))
+    moments = dict(_gather_tensors(_moments(model, optimizer)))
 
     def write() -> Path:
         parent = run / "checkpoints"
@@ -61,19 +67,19 @@ def save(
             (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
             share(partial)
             seal(partial)
-            if folder.exists():  # a damaged one
+            if folder.exists():  # a damaged checkpoint of the same step
                 _remove(folder)
             partial.rename(folder)
             flush(parent)
-        except Exception as error:  # Python's, safetensors' and tokenizers' own kinds
+        except Exception as error:  # Python, safetensors and tokenizers raise different kinds
             shutil.rmtree(partial, ignore_errors=True)
-            needed = sum(
-                t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]
-            )
+            needed = sum(t.nbytes for t in [*weights.values(), *moments.values()])
             free = shutil.disk_usage(run).free
             raise FailedError(
-                f"the checkpoint of step {step} could not be written to {parent}: {error} ({needed / 2**20:.0f} MiB needed, "
-                f"{free / 2**20:.0f} MiB free); earlier ones are untouched"
+                f"the checkpoint of step {step} could not be written to {parent}: {error} "
+                f"({needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free). Earlier "
+                f"checkpoints are untouched: remove the cause, then give the same command "
+                f"with --log-dir {run}"
             ) from error
         _prune(folder, keep_best)
         return folder
@@ -81,54 +87,61 @@ def save(
     return distributed.together(write, only_first=True)
 
 
-def _whole(tensors: Any) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors in full, on rank 0's CPU; one that comes under two names (tied weights), the same both times."""
-    first, kept = distributed.rank() == 0, dict[int, Tensor | None]()
+def _gather_tensors(tensors: Any) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors without shards, on the CPU of rank 0; other ranks get none.
+
+    A tensor with two names (tied weights) is gathered once: both names get the same object.
+    """
+    is_first, kept = distributed.rank() == 0, dict[int, Tensor | None]()
     for name, tensor in tensors:
         if id(tensor) not in kept:
-            value = distributed.whole(tensor.detach())  # every rank takes part, and rank 0 keeps it
-            kept[id(tensor)] = value.cpu().contiguous() if first else None
-        own = kept[id(tensor)]
-        if own is not None:
-            yield name, own
+            full = distributed.gather_tensor(tensor.detach())  # a collective call of all ranks
+            kept[id(tensor)] = full.cpu().contiguous() if is_first else None
+        value = kept[id(tensor)]
+        if value is not None:
+            yield name, value
 
 
 def _moments(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer keeps of each parameter; nothing before the first optimizer step."""
     for name, parameter in model.named_parameters():
         for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
             yield f"{name}.{key}", value
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer its state at that checkpoint; the model is loaded from the same folder beforehand.
+    """Give the optimizer its state at a checkpoint from which the model has been loaded already.
 
-    Raises FailedError if the two do not name the same parameters: averages that start from 0 would be another run.
+    Raises FailedError if the file names a parameter that the model does not have: averages that
+    start from 0 would be another run.
     """
-    places = [folder / OPTIMIZER, folder / Path(OPTIMIZER).name]  # the second is an older version's
-    place = next((place for place in places if place.exists()), None)
-    if place is None:  # no optimizer step was ever made
+    # older versions wrote the file beside config.json
+    candidates = [folder / OPTIMIZER, folder / Path(OPTIMIZER).name]
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:  # no optimizer step was ever made
         return
-    with safe_open(place, "pt") as file:
-        names = set(file.keys())
-        own = {name for name, _ in model.named_parameters()}
-        strange = sorted(name for name in names if name.rpartition(".")[0] not in own)
-        if strange:
+    parameters = dict(model.named_parameters())
+    with safe_open(path, "pt") as file:
+        saved = set(file.keys())
+        foreign = sorted(name for name in saved if name.rpartition(".")[0] not in parameters)
+        if foreign:
             raise FailedError(
-                f"{folder}: its optimizer state names parameters that this model does not have ({strange[0]}, ...)"
+                f"{path} names parameters that the model of this checkpoint does not have "
+                f"({foreign[0]}, ...); move {folder} away to go on from an older checkpoint"
             )
-        for name, parameter in model.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in names]
-            values = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+        for name, parameter in parameters.items():
+            values = dict[str, Tensor]()
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{name}.{key}" in saved:
+                    value = file.get_tensor(f"{name}.{key}")
+                    if key == "step":
+                        values[key] = value.to(parameter.device)
+                    else:
+                        values[key] = distributed.shard_like(parameter, value)
             if values:
-                placed = {
-                    key: value.to(parameter.device)
-                    if key == "step"
-                    else distributed.shard(value, parameter)
-                    for key, value in values.items()
-                }
-                optimizer.state[parameter] = placed
+                optimizer.state[parameter] = values
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of the files in a folder and flush all of it to the disk."""
+    """Write the manifest of the files in a folder, and flush the whole folder to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -149,8 +162,11 @@ def seal(folder: Path) -> None:
 
 
 def share(folder: Path) -> None:
-    """Give the files the permissions that the umask leaves: safetensors writes them for their owner alone."""
-    mask = os.umask(0)
+    """Give the files of a folder the permissions that the umask leaves.
+
+    safetensors writes files that their owner alone can read.
+    """
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     for path in folder.rglob("*"):
         if path.is_file():
@@ -158,16 +174,16 @@ def share(folder: Path) -> None:
 
 
 def flaw(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    """What is wrong with a checkpoint, by its manifest; None if nothing is wrong."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, want in files.items():
+        for name, written in files.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != want["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {want['size']}"
-            if sha256(path) != want["sha256"]:
+            if path.stat().st_size != written["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
+            if sha256(path) != written["sha256"]:
                 return f"{name} is not what was written (sha256)"
         if state(folder)["step"] != int(folder.name.removeprefix("step-")):
             return "state.json is of another step"
@@ -177,46 +193,50 @@ def flaw(folder: Path) -> str | None:
 
 
 def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, good or not."""
-    return sorted(run.glob("checkpoints/step-*"), key=lambda f: f.name)
+    """The folders of a run's checkpoints, oldest first, damaged ones included."""
+    return sorted(run.glob("checkpoints/step-*"), key=lambda folder: folder.name)
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint that verifies; None if there was never one. Raises ConfigError if none of them does."""
+    """The newest undamaged checkpoint; None if the run has no checkpoint.
+
+    A damaged one is reported on stderr. Raises ConfigError if all are damaged.
+    """
     found = steps(run)
     for folder in reversed(found):
         reason = flaw(folder)
         if reason is None:
             return folder
-        print(
-            f"!! {folder} is damaged: {reason}. Looking for an older one",
-            file=sys.stderr,
-            flush=True,
-        )
+        warning = f"!! {folder} is damaged: {reason}. Looking for an older one"
+        print(warning, file=sys.stderr, flush=True)
     if found:
         raise ConfigError(
-            f"--log-dir {run}: none of its {len(found)} checkpoints is whole; move checkpoints/ away to start again"
+            f"--log-dir {run}: all of its checkpoints ({len(found)}) are damaged; move "
+            f"{run}/checkpoints away to start this run again from step 0"
         )
     return None
 
 
 def set_aside(run: Path, step: int) -> None:
-    """Rename checkpoints of later steps than the one that a run goes on from: damaged, they must not pass for the newest."""
+    """Rename the checkpoints after `step`, from which a run goes on, to damaged-*.
+
+    They are damaged, and must not be taken for the newest ones later.
+    """
     for folder in steps(run):
         if int(folder.name.removeprefix("step-")) > step:
-            place = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(place, ignore_errors=True)
-            folder.rename(place)
+            renamed = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            folder.rename(renamed)
 
 
 def sweep(run: Path) -> None:
-    """Remove what a killed process left half-written or half-removed."""
+    """Remove checkpoints that a killed process has left half-written or half-removed."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -225,23 +245,24 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """See that the disk has a file, or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until the disk has the bytes of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _prune(folder: Path, keep_best: int) -> None:
-    """Remove all but this checkpoint and the best of the others."""
+    """Remove all checkpoints but this one and the `keep_best` best of the others."""
 
     def merit(other: Path) -> tuple[float, str]:
+        """The validation reward; of two equal ones the newer checkpoint is better."""
         try:
-            value = state(other).get("val_reward")
+            reward = state(other).get("val_reward")
         except (OSError, ValueError):
-            value = None
-        return float("-inf") if value is None else value, other.name  # of equal ones the newer
+            reward = None
+        return float("-inf") if reward is None else reward, other.name
 
     others = [other for other in steps(folder.parent.parent) if other != folder]
     for other in sorted(others, key=merit, reverse=True)[keep_best:]:
@@ -249,7 +270,10 @@ def _prune(folder: Path, keep_best: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Renamed first, so that what a kill leaves half-removed is not taken for a damaged checkpoint."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    """Remove a checkpoint under another name.
+
+    A kill then leaves nothing half-removed that could be taken for a damaged checkpoint.
+    """
+    renamed = folder.with_name(f".{folder.name}.gone")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)

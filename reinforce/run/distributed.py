@@ -1,11 +1,14 @@
-"""Every torch.distributed call there is, behind a few verbs. Without torchrun all but FSDP's are no-ops on one process.
+"""All calls of torch.distributed, behind a few verbs.
 
-Whole prompts are dealt to ranks round-robin, so a group's K responses are always on one rank, and what a rank makes of its
-prompts is gathered and put back into prompt order: advantages and metrics are computed from all rows, the same on every rank.
-Parameters are copied to every rank (DDP), or cut into shards and gathered block by block (FSDP2).
+Whole prompts are dealt to the ranks round-robin, so the K responses of a group are on one rank.
+The results of all ranks are gathered in prompt order: every rank computes advantages and metrics
+from all rows, and gets the same numbers. Parameters are copied to every rank (DDP), or cut into
+shards and gathered block by block (FSDP2). In one process without torchrun all verbs but those of
+FSDP do nothing.
 
-See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv 2304.11277). Left out: tensor
-and pipeline parallelism, and shards that are read from the disk one by one: a rank holds the whole model while it starts.
+See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv
+2304.11277). Left out: tensor and pipeline parallelism, and reading shards from the disk: a rank
+holds the whole model while it starts.
 """
 
 import contextlib
@@ -34,9 +37,8 @@ from reinforce.errors import ConfigError, FailedError, RetryError
 from reinforce.policy import blocks
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    minutes=30
-)  # how long ranks wait for one that hangs; longer than the reward client's total deadline
+# how long the ranks wait for one that hangs; longer than the total deadline of the reward client
+TIMEOUT = timedelta(minutes=30)
 
 
 def rank() -> int:
@@ -45,12 +47,15 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes of the run."""
+    """Number of processes (ranks) of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(device: torch.device, alone: bool) -> None:
-    """Join the other ranks; `alone`: also if there are none. Gloo carries objects and CPU tensors, NCCL what is on a GPU."""
+    """Join the other ranks; with `alone`, make a group of this process if it is the only one.
+
+    Gloo carries objects and tensors on the CPU, NCCL carries tensors on a GPU.
+    """
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -65,7 +70,7 @@ def start(device: torch.device, alone: bool) -> None:
         except Exception as error:
             raised.append(error)
 
-    # in a thread, since it waits in C++ for ranks that may have died, and there no signal reaches Python
+    # in a thread: it waits in C++ for ranks that may have died, and no signal reaches Python there
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     while thread.is_alive():
@@ -75,15 +80,19 @@ def start(device: torch.device, alone: bool) -> None:
 
 
 def stop() -> None:
-    """Leave the group; harmless if it was never joined."""
+    """Leave the group; nothing happens if this process never joined one."""
     if dist.is_initialized():
-        # a thread of gloo drops the tensors of the last collective a moment later, and aborts if the interpreter is gone by then
+        # a thread of gloo drops the tensors of the last collective a moment later, and aborts if
+        # the interpreter has ended by then
         time.sleep(0.1)
         dist.destroy_process_group()
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an exception says that another rank is gone or hangs: gloo raises plain RuntimeErrors."""
+    """Whether an exception says that another rank has ended or hangs.
+
+    Gloo raises a plain RuntimeError, told from others by its text.
+    """
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
@@ -95,34 +104,39 @@ def deal(items: Sequence[T]) -> list[T]:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """Undo `deal`: every rank's items, one per dealt item, in the order before dealing, on every rank."""
+    """Undo `deal` on every rank: the items of all ranks, in the order before dealing.
+
+    A rank gives one item for each dealt one.
+    """
     if world_size() == 1:
         return list(items)
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(items))
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    return _in_order(list(items))
 
 
 def deal_rows(tensor: Tensor) -> Tensor:
-    """`deal` for a tensor with one row for each item, (P, ...) -> this rank's (p, ...)."""
+    """`deal` for a tensor with one row an item: (P, ...) -> (p, ...), the rows of this rank."""
     return tensor[rank() :: world_size()]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Undo `deal_rows`: every rank's rows on every rank, (p, ...) -> (P, ...) in the order before dealing, on the CPU."""
-    parts: list[Any] = [None] * world_size()
+    """Undo `deal_rows` on every rank: (p, ...) -> (P, ...), on the CPU."""
     if world_size() == 1:
         return tensor.cpu()
-    dist.all_gather_object(parts, tensor.cpu())
-    return torch.stack(
-        [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-    )
+    return torch.stack(_in_order(tensor.cpu()))
+
+
+def _in_order(part: Any) -> list[Any]:
+    """The dealt items of all ranks in the order before dealing; `part` is a list or a tensor."""
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def together(work: Callable[[], T], only_first: bool = False) -> T:
-    """Call `work` on every rank, or on rank 0 alone, whose result then is everyone's.
+    """Call `work` on every rank; with `only_first` on rank 0 alone, whose result all ranks return.
 
-    Where it raises one of our errors on any rank, the first such rank's is raised on all of them, so that none waits for another.
+    If it raises an error of reinforce/errors.py on any rank, the error of the first such rank is
+    raised on all of them, so that no rank waits for another.
     """
     result: Any = None
     error: Exception | None = None
@@ -132,9 +146,9 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
         except (ConfigError, RetryError, FailedError) as raised:
             error = raised
     if world_size() > 1 and only_first:
-        box = [result, error]
-        dist.broadcast_object_list(box, src=0)
-        result, error = box
+        outcome = [result, error]
+        dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome
     elif world_size() > 1:
         error = next((e for e in gather([error]) if e is not None), None)
     if error is not None:
@@ -143,18 +157,20 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
 
 
 def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
-    """The module (a Scorer), its gradients averaged over ranks in the backward pass; `backward` makes sums of them.
+    """The scorer as a module whose backward pass averages gradients over the ranks.
 
-    fsdp shards it in place, each transformer block for itself, in `device`'s memory; with bf16 what is gathered is bfloat16, and
-    the float32 shards are what the optimizer sees. Its forward and its `decode` gather first what they need.
+    `backward` below turns these means into sums.
+    parallel="ddp":  every rank holds a copy. Nothing is wrapped where there is one rank, or where
+                     no parameter has a gradient.
+    parallel="fsdp": the scorer is sharded in place, in the memory of `device`, one transformer
+                     block at a time. Its forward pass and its `decode` gather what they need. With
+                     bf16 the gathered blocks are bfloat16. The optimizer sees the float32 shards.
     """
     if parallel == "fsdp":
         mesh = init_device_mesh(device.type, (world_size(),))
-        policy = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if bf16
-            else MixedPrecisionPolicy()
-        )
+        policy = MixedPrecisionPolicy()
+        if bf16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in blocks(scorer):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(scorer, mesh=mesh)  # embeddings and head stay float32
@@ -164,12 +180,11 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
         return scorer
     ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
-    # DDP sorts its buckets anew after the first backward pass, and with more than two ranks that changes the order of its sums; a
-    # first pass of weight 0 makes all real ones alike, those of a run that goes on too
-    token, mask = (
-        torch.zeros(1, 1, dtype=torch.long, device=device),
-        torch.ones(1, 1, dtype=torch.bool, device=device),
-    )  # (1, 1)
+    # DDP sorts its buckets anew after the first backward pass. With more than two ranks that
+    # changes the order of its sums. A first pass of weight 0 makes all real ones alike, also those
+    # of a run that goes on.
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)  # (1, 1)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=device)  # (1, 1)
     (0 * wrapped(token, mask, token, mask)).sum().backward()
     scorer.zero_grad()
     return wrapped
@@ -177,50 +192,58 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Around many forward passes without gradient: sharded parameters are gathered once, so ranks need not keep in step."""
-    shards = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    for m in shards:
+    """A block in which sharded parameters stay gathered, for many forward passes without gradient.
+
+    The ranks need not keep in step there.
+    """
+    sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for m in sharded:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     try:
         yield
     finally:
-        for m in shards:
-            m.set_reshard_after_forward(
-                m is not module, recurse=False
-            )  # the root is needed again at once, by the backward pass
+        for m in sharded:
+            # the root stays gathered after a forward pass: the backward pass begins with it
+            m.set_reshard_after_forward(m is not module, recurse=False)
             m.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a shard. Every rank must ask."""
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which this rank may hold a shard. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """Undo `whole`: this rank's part of a tensor that every rank has, placed as `like`."""
-    tensor = tensor.to(like.device)
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-        if isinstance(like, DTensor)
-        else tensor
-    )
+def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Undo `gather_tensor`: this rank's shard of a whole tensor, placed like `parameter`."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def in_step(parts: list[list[int]]) -> list[list[int]]:
-    """Micro-batches, with empty ones added until every rank has as many: a sharded model's forward pass needs all ranks."""
+    """Micro-batches, with empty ones added until every rank has the same number.
+
+    The forward pass of a sharded model needs all ranks.
+    """
     return parts + [[]] * (max(gather([len(parts)])) - len(parts))
 
 
 def backward(loss: Tensor) -> None:
-    """Add the gradient of the sum of all ranks' losses: DDP and FSDP average over ranks, which is undone here."""
+    """Add the gradient of the sum of the losses of all ranks.
+
+    DDP and FSDP average over the ranks. The factor undoes that.
+    """
     (loss * world_size()).backward()
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around a micro-batch's forward and backward: DDP exchanges gradients in the last one of a step, FSDP its shards in each."""
-    return (
-        nullcontext()
-        if last or not isinstance(module, DistributedDataParallel)
-        else module.no_sync()
-    )
+    """A block for the forward and backward pass of one micro-batch.
+
+    DDP exchanges gradients in the last micro-batch of an optimizer step, FSDP in each of them.
+    """
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()

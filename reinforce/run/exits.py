@@ -1,12 +1,18 @@
-"""How a script ends: its exit code, and for a run exit.json.
+"""How a script ends: with an exit code and, if it is a run, exit.json.
 
-Exit codes: 0 done, 1 failed and a retry will not cure it, 2 your configuration or input, 75 run the same command again.
+     0   done
+     1   failed, and a retry will not cure it
+     2   your configuration or input is wrong
+    75   run the same command again
+
 torchrun turns every code but 0 into 1, so the code and its reason are also in <log-dir>/exit.json.
 """
 
 import contextlib
 import json
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,80 +31,104 @@ def run(
     folder: Callable[[], Path | None] = lambda: None,
     name: str = "train.py",
 ) -> int:
-    """Call main and turn how it ended into an exit code and, once the folder is known, exit.json. `name` is the script's."""
+    """Call `main`, and return the exit code for its end; `name` is the name of the script.
+
+    The reason of a failure goes to stderr. Code and reason go to exit.json, if `folder` knows a
+    folder by then.
+    """
     expected = True
     try:
         main()
         code, reason = 0, "done"
-    except ConfigError as error:
-        code, reason = 2, str(error)
-    except RetryError as error:
-        code, reason = 75, str(error)
-    except FailedError as error:
-        code, reason = 1, str(error)
     except KeyboardInterrupt:
         code, reason = 75, "interrupted"
-    except torch.OutOfMemoryError as error:
-        expected = False
-        code, reason = (
-            1,
-            f"out of GPU memory ({first_line(error)}); lower --micro-batch-size, --micro-batch-tokens (update) or ",
-        )
-        reason += "--rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
     except Exception as error:
-        expected = False
-        if distributed.lost(error):
-            code, reason = 75, f"another rank is gone ({first_line(error)})"
-        else:
-            traceback.print_exc()
-            code, reason = 1, f"{type(error).__name__}: {first_line(error)}"
+        expected = isinstance(error, (ConfigError, RetryError, FailedError))
+        code, reason = outcome(error)
     if code:
         rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
         print(f"{name}{rank}: {reason}", file=sys.stderr, flush=True)
-    place = folder()
-    if place is not None and (distributed.rank() == 0 or is_ours(place)):
-        with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            with (place / "exit.json").open(
-                "x" if code else "w"
-            ) as file:  # the first rank that fails knows why
-                json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
-    if (
-        expected
-    ):  # else other ranks may be waiting in a collective, and NCCL would wait for them here
+    run_folder = folder()
+    if run_folder is not None and (distributed.rank() == 0 or is_ours(run_folder)):
+        write_exit(run_folder, code, reason)
+    if code:
+        report_to_torchrun(reason)
+    if expected:
+        # after an unexpected error other ranks may wait in a collective call, and NCCL would wait
+        # for them here
         distributed.stop()
     return code
+
+
+def outcome(error: Exception) -> tuple[int, str]:
+    """Exit code and reason for an exception; prints the traceback of an unknown one."""
+    if isinstance(error, ConfigError):
+        return 2, str(error)
+    if isinstance(error, RetryError):
+        return 75, str(error)
+    if isinstance(error, FailedError):
+        return 1, str(error)
+    line = first_line(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, (
+            f"out of GPU memory ({line}); lower --micro-batch-size, --micro-batch-tokens (update) "
+            "or --rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
+        )
+    if distributed.lost(error):
+        return 75, f"another rank is gone ({line})"
+    traceback.print_exc()
+    return 1, f"{type(error).__name__}: {line}"
+
+
+def write_exit(folder: Path, code: int, reason: str) -> None:
+    """Write exit.json; of several ranks that fail, the first one knows the reason."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "exit.json").open("x" if code else "w") as file:
+            json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
+
+
+def report_to_torchrun(reason: str) -> None:
+    """Write the reason to the file that torchrun names for it: its report then ends with it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not Path(file).exists():
+        details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": reason, "extraInfo": details}})
+        with contextlib.suppress(OSError):
+            Path(file).write_text(text)
 
 
 class Life:
     """What a process of a run has until it ends."""
 
     def __init__(self) -> None:
-        """Takes over the signals of this process."""
+        """Take over the signals of this process."""
         self.stop = Stop()
         self.stack = ExitStack()  # what must be closed
         self.folder: Path | None = None  # where exit.json goes, once it is known
 
 
 def run_in_folder(body: Callable[[Life], None]) -> int:
-    """`run` for train.py: holds --log-dir, if it is given, before anything else can go wrong."""
+    """`run` for train.py: claims --log-dir, if it is given, before anything else can go wrong."""
     given = log_dir_of(sys.argv)
-    place: list[Path | None] = [given if distributed.rank() else None]
+    # on rank 0 the given folder is not ours until it is claimed
+    folder = given if distributed.rank() else None
 
     def main() -> None:
+        nonlocal folder
         life = Life()
         with life.stack:
             if given is not None and distributed.rank() == 0:
                 life.stack.enter_context(claimed(given))
-                place[:] = [given]
+                folder = given
             try:
                 body(life)
             finally:
-                place[:] = [life.folder or place[0]]
+                folder = life.folder or folder
 
-    return run(main, lambda: place[0])
+    return run(main, lambda: folder)
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's text."""
+    """The first line of an error's text; its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

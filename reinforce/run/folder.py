@@ -1,4 +1,4 @@
-"""The run folder: made, held by one command at a time, and named by --log-dir."""
+"""The run folder, which --log-dir names: how it is made, and held by one command at a time."""
 
 import contextlib
 import fcntl
@@ -17,12 +17,13 @@ def holds_run(folder: Path) -> bool:
 
 
 def job() -> str:
-    """What the processes of one torchrun have in common, and no other running command has."""
-    return f"{os.environ.get('MASTER_ADDR', f'process {os.getpid()}')}:{os.environ.get('MASTER_PORT', '')}"
+    """A name that the processes of one torchrun share, and no other running command has."""
+    address = os.environ.get("MASTER_ADDR", f"process {os.getpid()}")
+    return f"{address}:{os.environ.get('MASTER_PORT', '')}"
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this command is the last one that claimed the folder."""
+    """Whether this command was the last one to claim the folder."""
     try:
         return (folder / ".lock").read_text() == job()
     except OSError:
@@ -31,27 +32,33 @@ def is_ours(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a run folder, so that the same command given twice does not write there twice; exit.json of the last one is removed.
+    """A block that holds a run folder, so that a command given twice does not write there twice.
 
-    Raises ConfigError if another process holds it, or nobody can write there. The lock ends with this block, or with this process,
-    however it ends; on a network file system that of a crashed node may take minutes, so a job of Slurm waits for it.
+    Raises ConfigError if another process holds it, or if it cannot be written to. Removes the
+    exit.json of the run's last command. The lock ends with this block, or with this process however
+    it ends. On a network file system the lock of a crashed node may last for minutes, so a job of
+    Slurm waits 120 s for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise ConfigError(f"--log-dir {folder}: cannot be written to ({error})") from error
+        raise ConfigError(
+            f"--log-dir {folder}: cannot be written to ({error}); give another folder"
+        ) from error
     with lock:
-        end = time.monotonic() + (120 if "SLURM_JOB_ID" in os.environ else 0)
+        deadline = time.monotonic() + (120 if "SLURM_JOB_ID" in os.environ else 0)
         while not _locked(lock):
-            if time.monotonic() >= end:
+            if time.monotonic() >= deadline:
                 raise ConfigError(
-                    f"--log-dir {folder}: a run is going on there right now; wait for its end or give another"
+                    f"--log-dir {folder}: a run is going on there right now; wait for its end, "
+                    "or give another folder"
                 )
             time.sleep(1)
         lock.truncate(0)
         lock.write(job())
         lock.flush()
+        # a run without identity.json will be refused, and keeps its exit.json
         if not holds_run(folder) or (folder / "identity.json").exists():
             (folder / "exit.json").unlink(missing_ok=True)
         yield
@@ -68,14 +75,11 @@ def _locked(lock: IO[str]) -> bool:
 
 
 def new_run_folder(log_dir: str | None, name: str) -> Path:
-    """The run folder, made on rank 0: the given one, or a new runs/NAME-TIME. Raises ConfigError."""
+    """Make the run folder on rank 0: the given one, or a new runs/NAME-TIME. Raises ConfigError."""
     stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
     while True:
-        folder = (
-            Path(log_dir)
-            if log_dir is not None
-            else Path("runs") / f"{name}-{stamp}{f'-{n}' if n else ''}"
-        )
+        suffix = f"-{n}" if n else ""
+        folder = Path(f"runs/{name}-{stamp}{suffix}" if log_dir is None else log_dir)
         try:
             folder.mkdir(parents=True, exist_ok=log_dir is not None)
         except FileExistsError as error:
@@ -84,7 +88,8 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
             n += 1
         except OSError as error:
             raise ConfigError(
-                f"{folder} cannot be made ({error.strerror}): give a folder to write to as --log-dir"
+                f"{folder} cannot be made ({error.strerror}): "
+                "give a folder that can be written to as --log-dir"
             ) from error
         else:
             if log_dir is None:
@@ -93,30 +98,37 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
 
 
 def point_latest(folder: Path) -> None:
-    """Let runs/latest point to a run folder, if it lies in ./runs."""
+    """Let the link runs/latest point to a run folder, if that lies in ./runs.
+
+    A folder of this name, from a copy that followed the link, is left alone.
+    """
     runs = Path("runs")
-    copied = (runs / "latest").is_dir() and not (
-        runs / "latest"
-    ).is_symlink()  # a copy that followed the link
+    link = runs / "latest"
+    copied = link.is_dir() and not link.is_symlink()
     if folder.resolve().parent == runs.resolve() and folder.name != "latest" and not copied:
         partial = runs / f".latest-{os.getpid()}"
         partial.symlink_to(folder.name)
-        partial.replace(runs / "latest")
+        partial.replace(link)
 
 
 def new_folder(name: str, flag: str) -> None:
-    """Make the folder that a script will write to, before it works for hours. Raises ConfigError if it holds anything."""
+    """Make the folder that a script will write to, before the script works for hours.
+
+    Raises ConfigError if it cannot be made, or is not empty.
+    """
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
         used = any(Path(name).iterdir())
     except OSError as error:
-        raise ConfigError(f"{flag} {name}: cannot be made ({error})") from error
+        raise ConfigError(
+            f"{flag} {name}: cannot be made ({error}); give another folder"
+        ) from error
     if used:
         raise ConfigError(f"{flag} {name}: not empty; give a new folder")
 
 
 def log_dir_of(argv: Sequence[str]) -> Path | None:
-    """--log-dir of a command line that may be wrong elsewhere, so that its exit.json has a place."""
+    """--log-dir of a command line that may be wrong elsewhere: exit.json goes there."""
     for i, word in enumerate(argv):
         if word == "--log-dir" and i + 1 < len(argv):
             return Path(argv[i + 1])

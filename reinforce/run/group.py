@@ -1,7 +1,8 @@
-"""What one prompt gave: K responses as text and as numbers. Built from a rank's rollout, gathered over ranks, logged.
+"""One prompt's K responses as text and as numbers, for the logs.
 
-The reward model reads text that stands for exactly the sampled tokens: special tokens included, an end token only where the
-response has one. Both halves are decoded together, since a tokenizer may drop the space between them when it sees one alone.
+Groups are made from the rollout of one rank, then gathered over the ranks. The text in them is
+without special tokens. Prompt and response are decoded together, since a tokenizer that sees the
+response alone may drop the space between them.
 """
 
 import json
@@ -23,16 +24,16 @@ from reinforce.text import Prompt, decoded, response_ids
 class Group:
     """One prompt's K responses; every list has K entries."""
 
-    index: int  # of the prompt among its file's usable lines, from 0
+    index: int  # number of the prompt among the usable lines of its file, from 0
     prompt: str
     response: list[str]
-    reward: list[float | None]  # None: the reward server refused it
-    kl: list[float] | None  # nats, of the whole response
-    objective: list[float | None]
-    valid: list[bool]  # counts in baselines and loss
-    length: list[int]
-    finished: list[bool]
-    logp: list[float]  # of the whole response, as sampled
+    reward: list[float | None]  # None: the reward server refused the response
+    kl: list[float] | None  # nats, of the whole response; None: no KL was computed
+    objective: list[float | None]  # None where the reward is None
+    valid: list[bool]  # whether the response counts in baselines and loss
+    length: list[int]  # tokens
+    finished: list[bool]  # whether the response ended by itself
+    logp: list[float]  # nats, of the whole response, by the sampler
 
 
 def make_groups(
@@ -42,37 +43,40 @@ def make_groups(
     judged: Judged,
     valid: Tensor | None = None,
 ) -> list[Group]:
-    """One Group a prompt from a rollout of B rows, row b of prompt b // (B / P); `valid` (B,) bool, by default all."""
+    """One Group a prompt, from a rollout of B rows of which row b is of prompt b // (B / P).
+
+    `valid` (B,) bool: all rows by default.
+    """
     k, kl = len(judged.reward) // len(prompts), judged.kl
     valid = torch.ones_like(rollout.finished) if valid is None else valid  # (B,)
     ids, logp = response_ids(rollout), rollout.logp.sum(1).tolist()
-    groups = []
-    for j, prompt in enumerate(prompts):
-        own = slice(j * k, (j + 1) * k)
-        groups.append(
-            Group(
-                prompt.index,
-                prompt.text,
-                [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[own]],
-                known(judged.reward[own]),
-                None if kl is None else kl[own].tolist(),
-                known(judged.objective[own]),
-                valid[own].tolist(),
-                [len(r) for r in ids[own]],
-                rollout.finished[own].tolist(),
-                logp[own],
-            )
+
+    def group(j: int, prompt: Prompt) -> Group:
+        rows = slice(j * k, (j + 1) * k)
+        texts = [decoded(tokenizer, prompt.ids, r, skip_special_tokens=True) for r in ids[rows]]
+        return Group(
+            index=prompt.index,
+            prompt=prompt.text,
+            response=texts,
+            reward=known(judged.reward[rows]),
+            kl=None if kl is None else kl[rows].tolist(),
+            objective=known(judged.objective[rows]),
+            valid=valid[rows].tolist(),
+            length=[len(r) for r in ids[rows]],
+            finished=rollout.finished[rows].tolist(),
+            logp=logp[rows],
         )
-    return groups
+
+    return [group(j, prompt) for j, prompt in enumerate(prompts)]
 
 
 def known(values: Tensor) -> list[float | None]:
-    """Numbers, with None for NaN."""
+    """The numbers of a vector (B,), with None for NaN."""
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def recorded(run: Path) -> dict[int, list[Group]]:
-    """The validations in a run folder, {step: groups}, in order."""
+    """The validations in a run folder as {step: groups}, in the order of validation.jsonl."""
     found: dict[int, list[Group]] = {}
     if not (run / "validation.jsonl").exists():
         return found

@@ -1,18 +1,20 @@
 """Going on with a run: which checkpoint it starts from, and whether it is the same run at all.
 
-    --resume auto    the run that is in --log-dir, if it is this one; a new one if there is none
-             must    the run that is there, or nothing
-             never   a new run, or nothing
+    --resume auto    go on with the run in --log-dir if it is the same; start one if there is none
+             must    go on with the run in --log-dir; an error if there is none
+             never   start a new run; an error if there is one in --log-dir
 
-A run is what gives its update: data, initial policy, reward model, and every flag but those of SOFT. All that is written to
-identity.json at the start; a command that differs in any of it is refused with the differences, and never starts from scratch.
+A run is what determines its updates: data, initial policy, reward model, and every flag but those
+in SOFT. All that is written to identity.json at the start. A command that differs in any of it is
+refused with the differences. It never starts from scratch in the folder of another run.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,16 @@ from reinforce.run import checkpoint
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl", "refused.jsonl")
+# Flags that may change from one part of a run to the next: its length, intervals, addresses and
+# micro-batches. Prompts and labels, which the data flags name, are in the identity by a digest.
 SOFT = frozenset(
-    (  # flags that may change from one part of a run to the next: how long, how often, where, and in what portions
+    (
         "preset",
         "policy",
         "train_data",
         "val_data",
+        "prompt_key",
+        "label_key",
         "skip_bad_lines",
         "rm_host",
         "rm_port",
@@ -62,29 +68,29 @@ class Start:
     step: int = 0  # finished steps
     folder: Path | None = None  # the checkpoint of that step
     baseline: Any = None  # the state of a baseline that has one
-    bf16: bool | None = None  # the precision so far; None: no step yet
-    date: str | None = None  # the day that chat templates print; None: a run that began without one
-    began_with: tuple[
-        tuple[str, Any], ...
-    ] = ()  # what this run was filled with where no flag was given
+    bf16: bool | None = None  # the precision of the run; None: no step was made yet
+    # the day that chat templates print; None: the run began with a version that had no such day
+    date: str | None = None
+    # names and values of flags that were not given when the run began, and got these defaults
+    began_with: tuple[tuple[str, Any], ...] = ()
     refused: int = 0  # responses that the reward server refused and that were left out
 
 
-def plan(run: Path | None, how: str) -> Start:
-    """The start of the run in this folder (None: a new folder). Raises ConfigError if --resume does not allow it.
+def find_start(run: Path | None, mode: str) -> Start:
+    """Where the run in this folder starts (None: a new folder); `mode` is the value of --resume.
 
-    A run that was killed before its first checkpoint has lost nothing yet, and starts at 0.
+    A run that was killed before its first checkpoint has lost nothing yet, and starts at step 0.
+    Raises ConfigError if --resume does not allow this start.
     """
-    began = run is not None and any(
-        (run / name).exists() for name in (*LOGS, "identity.json", "checkpoints")
-    )
-    if run is None or not began:
-        if how == "must":
+    traces = (*LOGS, "identity.json", "checkpoints")
+    if run is None or not any((run / name).exists() for name in traces):
+        if mode == "must":
             raise ConfigError(
-                f"--resume must: no run to go on with in --log-dir {run or '(none given)'}"
+                f"--resume must: no run to go on with in --log-dir {run or '(none given)'}; "
+                "give the folder of a run, or --resume auto"
             )
         return Start(date=datetime.date.today().isoformat())
-    if how == "never":
+    if mode == "never":
         raise ConfigError(
             f"--log-dir {run} holds another run, and --resume is never; give an empty or new folder"
         )
@@ -95,24 +101,29 @@ def plan(run: Path | None, how: str) -> Start:
     date, began_with = date_of(run), filled_of(run)
     folder = checkpoint.newest(run)
     if folder is None:
-        if how == "must":
-            raise ConfigError(f"--resume must: the run in --log-dir {run} has no checkpoint yet")
+        if mode == "must":
+            raise ConfigError(
+                f"--resume must: the run in --log-dir {run} has no checkpoint yet; "
+                "give --resume auto to start it again from step 0"
+            )
         return Start(date=date, began_with=began_with)
     state = checkpoint.state(folder)
-    baseline = state.get("baseline", state.get("ema"))
     return Start(
-        state["step"],
-        folder,
-        baseline,
-        state.get("bf16"),
-        date,
-        began_with,
-        state.get("refused", 0),
+        step=state["step"],
+        folder=folder,
+        baseline=state.get("baseline", state.get("ema")),  # "ema": written by older versions
+        bf16=state.get("bf16"),
+        date=date,
+        began_with=began_with,
+        refused=state.get("refused", 0),
     )
 
 
 def date_of(run: Path) -> str | None:
-    """The day that chat templates print in this run; None if it began without one, or its identity cannot be read."""
+    """The day that chat templates print in this run, as YYYY-MM-DD.
+
+    None if the run began without one, or if its identity cannot be read.
+    """
     try:
         date = json.loads((run / "identity.json").read_text()).get("date")
         return datetime.date.fromisoformat(date).isoformat()
@@ -121,7 +132,10 @@ def date_of(run: Path) -> str | None:
 
 
 def filled_of(run: Path) -> tuple[tuple[str, Any], ...]:
-    """The run's own values of flags whose defaults depend on what is trained: other defaults today make it no other run."""
+    """The run's values of the flags whose defaults depend on what is trained.
+
+    Another default in today's version does not make it another run.
+    """
     try:
         found = json.loads((run / "identity.json").read_text())
         return tuple((name, found[name]) for name in LANGUAGE_MODEL if found.get(name) is not None)
@@ -130,90 +144,104 @@ def filled_of(run: Path) -> tuple[tuple[str, Any], ...]:
 
 
 def identity(config: TrainConfig, **facts: Any) -> dict[str, Any]:
-    """What makes a run this run, in JSON's types; `facts` are what no flag says, digests of data and models above all."""
+    """What makes a run this run, in the types of JSON.
+
+    `facts` are what no flag says: digests of data and models above all.
+    """
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in SOFT}
     return dict(json.loads(json.dumps({**flags, **facts})))
 
 
 def canonical(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity with the defaults that other flags give: a default that is spelled out is no other run."""
-    same = dict(identity)
-    rows = same["num_rollout_samples"] * same["num_rollouts_per_prompt"]
-    same["global_batch_size"] = same["global_batch_size"] or rows
-    same["min_lr"] = same["lr"] if same["min_lr"] is None else same["min_lr"]
-    return same
+    """The identity with the defaults that follow from other flags filled in.
+
+    To give such a default as a flag does not make another run.
+    """
+    full = dict(identity)
+    rows = full["num_rollout_samples"] * full["num_rollouts_per_prompt"]
+    full["global_batch_size"] = full["global_batch_size"] or rows
+    full["min_lr"] = full["lr"] if full["min_lr"] is None else full["min_lr"]
+    return full
 
 
-def check_identity(run: Path, own: dict[str, Any]) -> None:
-    """Raise ConfigError with the differences if the folder holds another run.
+def check_identity(run: Path, current: dict[str, Any]) -> None:
+    """Raise ConfigError with the differences if the folder holds another run than the current one.
 
     A flag that is younger than the run in the folder counts as its default.
     """
-    place = run / "identity.json"
-    if not place.exists():
+    path = run / "identity.json"
+    if not path.exists():
         return
     try:
-        known = {**identity(TrainConfig()), **json.loads(place.read_text())}
-        found = canonical(known)
+        recorded = {**identity(TrainConfig()), **json.loads(path.read_text())}
+        before = canonical(recorded)
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder"
         ) from error
-    now = canonical(own)
-    changed = [name for name in sorted({*found, *now}) if found.get(name) != now.get(name)]
-    given = [
-        name for name in changed if own.get(name) != known.get(name)
-    ]  # without defaults that follow from others
-    differences = [f"{name} was {known.get(name)}, is {own.get(name)}" for name in given or changed]
+    now = canonical(current)
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    # named are the flags themselves, and not the defaults that follow from them
+    flags = [name for name in changed if current.get(name) != recorded.get(name)]
+    differences = [
+        f"{name} was {recorded.get(name)}, is {current.get(name)}" for name in flags or changed
+    ]
     if differences:
         raise ConfigError(
-            f"--log-dir {run} holds another run: {'; '.join(differences)}. Give its own flags, or a new folder"
+            f"--log-dir {run} holds another run: {'; '.join(differences)}. "
+            "Give the flags of that run, or a new folder"
         )
 
 
-def write_identity(run: Path, own: dict[str, Any]) -> None:
-    """identity.json, whole or not at all; one that is there stays."""
-    place = run / "identity.json"
-    if place.exists():
+def write_identity(run: Path, identity: dict[str, Any]) -> None:
+    """Write identity.json, completely or not at all, unless the folder has one."""
+    path = run / "identity.json"
+    if path.exists():
         return
     partial = run / f".identity.{os.getpid()}"
-    partial.write_text(json.dumps(own, indent=2))
+    partial.write_text(json.dumps(identity, indent=2))
     checkpoint.flush(partial)
-    partial.replace(place)
+    partial.replace(path)
     checkpoint.flush(run)
 
 
-def cut_back(run: Path, step: int) -> None:
-    """Drop what the logs say of later steps than this one, and a last line that a kill cut short; of no step at all: everything."""
+def truncate_logs(run: Path, step: int) -> None:
+    """Cut off the lines of later steps, and a last line that a kill has cut short.
+
+    At step 0 the logs become empty.
+    """
     for name in LOGS:
         path = run / name
         if path.exists():
             with path.open("r+b") as file:
-                file.truncate(_end(file, step))
+                file.truncate(_bytes_up_to(step, file))
 
 
-def _end(lines: Any, step: int) -> int:
-    """Number of bytes of the leading lines that are whole and of steps up to this one, 0 of them if the step is 0."""
+def _bytes_up_to(step: int, lines: Iterable[bytes]) -> int:
+    """Number of bytes in the leading lines that are complete and of steps up to this one."""
+    if step == 0:
+        return 0
     size = 0
-    for line in lines if step else ():
+    for line in lines:
         try:
-            late = not line.endswith(b"\n") or json.loads(line)["step"] > step
+            keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
-            late = True
-        if late:
+            keep = False
+        if not keep:
             break
         size += len(line)
     return size
 
 
 def digest(values: Sequence[Any]) -> str:
-    """A short digest of JSON values."""
-    import hashlib
-
+    """A digest of JSON values, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights(policy: str) -> str:
-    """What stands for a policy's parameters: a digest of the config and weights of a folder, the name of a hub id."""
+    """What stands for the parameters of a policy in the identity.
+
+    Of a folder a digest of its config and weights, of a hub id its name.
+    """
     files = sorted([*Path(policy).glob("*.safetensors"), *Path(policy).glob("config.json")])
     return digest([[f.name, checkpoint.sha256(f)] for f in files]) if files else policy

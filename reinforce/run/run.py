@@ -1,9 +1,9 @@
-"""A run, as the loop sees it: which steps are to come, what became of each, and what may never be lost.
+"""A run, as the loop sees it: which steps are to come, what each gave, and what is never lost.
 
-What has been updated is logged and saved whatever happens next: a server that is gone or gives a wrong answer, a signal, the end
-of the time. Leaving the block of `with Run(...)` on a RetryError or a RewardError saves the finished steps. Inside the loop such
-errors come out of `distributed.together`, on every rank, and never between an update and `finished`, so that saving may need
-all ranks.
+Finished steps are logged and saved whatever happens next: a server that is gone or gives a wrong
+answer, a signal, the time limit. Leaving the block of `with Run(...)` on an error of the server
+saves them. Saving needs all ranks: inside the loop such errors come out of `distributed.together`,
+on every rank, and never between an update and `finished`.
 """
 
 import math
@@ -28,53 +28,44 @@ from reinforce.run.actor import Actor
 from reinforce.run.config import seconds
 from reinforce.run.group import Group, make_groups, recorded
 from reinforce.run.metrics import mean_reward, speed, summarise, summarise_ratios, summarise_updates
-from reinforce.run.recorder import Recorder, Silent, tell
+from reinforce.run.recorder import Recorder, Silent
 from reinforce.run.resume import Start
 from reinforce.run.stop import Stop
+from reinforce.run.summary import print_summary
 from reinforce.run.update import Step, Summed, Update
 from reinforce.run.validation import validate
 
 
 class Run:
-    """The run folder and the state of a run. Every method is for every rank at the same time."""
+    """The run folder and the state of a run. All ranks call every method at the same time."""
 
     def __init__(self, folder: Path, actor: Actor, data: Data, start: Start, stop: Stop) -> None:
-        """`folder` has been opened for this run, and `actor` loaded from `start`."""
-        self._folder, self._actor, self._data, self._start, self._stop = (
-            folder,
-            actor,
-            data,
-            start,
-            stop,
-        )
-        self._config = actor.config
+        """`folder` has been opened for this run, and `actor` has been loaded from `start`."""
+        self._folder, self._data, self._start = folder, data, start
+        self._actor, self._config = actor, actor.config
         self._total = data.total_steps(self._config.max_steps, self._config.max_epochs)
-        self._done = self._saved = (
-            start.step
-        )  # finished steps, and those that the last checkpoint has
-        self._stopped: str | None = None
+        self._done = start.step  # finished steps
+        self._saved = start.step  # steps in the last checkpoint
         self._refused = start.refused  # responses that finished steps have left out
+        self._val_reward: float | None = None  # after the last finished step
+        self._stop = stop
+        self._stopped: str | None = None  # the reason of any rank, asked after each step
         limit = self._config.max_time_per_run
         stop.limit = None if limit is None else seconds(limit)
         actor.refusals.total = start.refused
-        actor.client.stopped = lambda: stop.reason is not None  # then it tries no request again
-        self._updates: list[
-            tuple[Summed, float]
-        ] = []  # of the step that is going on, with the gradient's length
-        self._val_reward: float | None = None  # after the last finished step
-        self._held: tuple[dict[str, Any], list[Group], Tensor] | None = (
-            None  # the last step, not yet written
-        )
+        actor.client.stopped = lambda: stop.reason is not None  # then no request is tried again
+        # the optimizer steps of the current step, each with the length of its gradient
+        self._updates: list[tuple[Summed, float]] = []
+        # metrics, groups and advantage of the last finished step, until they are written
+        self._held: tuple[dict[str, Any], list[Group], Tensor] | None = None
         self._began = time.perf_counter()
-        self._recorder = (Silent if distributed.rank() else Recorder)(
-            folder, self._total, self._done
-        )
-        self._validated = distributed.together(
-            lambda: set(recorded(folder)), only_first=True
-        )  # steps
+        recorder = Silent if distributed.rank() else Recorder
+        self._recorder = recorder(folder, self._total, self._done)
+        # the steps after which validation.jsonl has a validation
+        self._validated = distributed.together(lambda: set(recorded(folder)), only_first=True)
 
     def __enter__(self) -> "Run":
-        """The block that is safe."""
+        """Begin the block in which nothing finished is lost."""
         return self
 
     def __exit__(
@@ -83,31 +74,31 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Save what is finished if the reward server ended the block; raise a RetryError if the run was stopped early."""
-        if isinstance(
-            error, (RetryError, RewardError, OwnBaselineError)
-        ):  # on all ranks alike, before any update of its step
-            self._save()
+        """Save the finished steps if the reward server or a baseline has ended the block.
+
+        Raises FailedError on a refused response, and RetryError if the run was stopped early.
+        """
+        if isinstance(error, (RetryError, RewardError, OwnBaselineError)):
+            self._save()  # all ranks have the error, and before any update of its step
+        if error is not None:
+            self._recorder.leave_screen()
         if isinstance(error, RefusedRowError):
             self._recorder.write_refused(self._done + 1, error.row)
-            where = (
-                f"the validation after step {self._done}"
-                if error.row["kind"] == VALIDATION
-                else f"step {self._done + 1}"
-            )
-            sampled = error.row["kind"] == SAMPLED
-            cure = (
-                "--skip-refused N leaves so many out"
-                if sampled
-                else "it cannot be left out: mend the server"
-            )
-            raise FailedError(
-                f"{where}: {error}; the whole row is in {self._folder}/refused.jsonl, and {cure}"
-            ) from error
+            raise FailedError(self._refusal(error)) from error
         if error is None:
-            self._end()
+            self._conclude()
 
-    def _end(self) -> None:
+    def _refusal(self, error: RefusedRowError) -> str:
+        """Where the server refused which response, and what to do."""
+        step, fix = f"step {self._done + 1}", "it cannot be left out: mend the server"
+        if error.row["kind"] == VALIDATION:
+            step = f"the validation after step {self._done}"
+        if error.row["kind"] == SAMPLED:
+            fix = "--skip-refused N leaves out up to N such responses"
+        return f"{step}: {error}; the whole row is in {self._folder}/refused.jsonl, and {fix}"
+
+    def _conclude(self) -> None:
+        """Say how the run ended. Raises RetryError if steps are left."""
         self._recorder.close()
         if self._start.step >= self._total:
             self._recorder.say(f"this run has all its {self._total} steps")
@@ -117,10 +108,13 @@ class Run:
                 f"the same command with --log-dir {self._folder} goes on"
             )
         elif distributed.rank() == 0:
-            tell(self._data.held_out, self._folder)
+            print_summary(self._data, self._folder)
 
     def restore(self, optimizer: torch.optim.Optimizer, baseline: Baseline) -> None:
-        """Give optimizer and baseline their state at the checkpoint that this run goes on with; the model has it already."""
+        """Give optimizer and baseline their state at the checkpoint from which this run goes on.
+
+        The model was loaded from it.
+        """
         self._optimizer, self._baseline = optimizer, baseline
         if self._start.folder is not None:
             checkpoint.restore(self._start.folder, self._actor.model, optimizer)
@@ -131,7 +125,10 @@ class Run:
             )
 
     def steps(self) -> Iterator[int]:
-        """Numbers of the steps to come, from 0, to the last one, or until a signal or the time limit."""
+        """The numbers of the steps to come; the first step of a run has number 0.
+
+        A signal or the time limit ends them early.
+        """
         self._stop.in_loop = True
         while self._done < self._total and self._stopped is None:
             self._began = time.perf_counter()
@@ -139,42 +136,42 @@ class Run:
             yield self._done
 
     def learning_rate(self, step: int) -> float:
-        """The rate of all optimizer steps of this step."""
+        """The learning rate of all optimizer steps in this step."""
         c = self._config
         min_lr = c.lr if c.min_lr is None else c.min_lr
-        return optim.learning_rate(
-            step, self._total, c.lr, min_lr, c.warmup_steps, c.constant_steps
-        )
+        warmup, constant = c.warmup_steps, c.constant_steps
+        return optim.learning_rate(step, self._total, c.lr, min_lr, warmup, constant)
 
     def must_be_finite(self, made: Step, update: Update, sums: Summed, grad_norm: float) -> None:
-        """Raise FailedError, on every rank, if the gradient is not; nonfinite.jsonl then holds the responses.
+        """Raise FailedError, on every rank, if loss or gradient is not finite.
 
-        Loss and length of the gradient are the same numbers on all ranks.
+        Loss and length of the gradient are the same numbers on all ranks. nonfinite.jsonl then
+        holds the responses.
         """
         if math.isfinite(sums.loss + grad_norm):
             return
         bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
         responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
-        self._recorder.accuse(
+        self._recorder.write_nonfinite(
             made.number + 1, self._groups(made), update.prompts, responses.tolist()
         )
-        done = len(self._updates)
-        so_far = (
-            "no update was made"
-            if not done
-            else f"after {done} of its updates; the last checkpoint is of an earlier step"
-        )
+        progress = "no update was made"
+        if done := len(self._updates):
+            progress = f"after {done} of its updates; the last checkpoint is of an earlier step"
         raise FailedError(
-            f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: {so_far}; "
+            f"loss {sums.loss}, gradient {grad_norm} in step {made.number + 1}: {progress}; "
             f"the responses: {self._folder}/nonfinite.jsonl"
         )
 
     def updated(self, sums: Summed, grad_norm: float) -> None:
-        """One optimizer step was made."""
+        """Count an optimizer step that was made."""
         self._updates.append((sums, grad_norm))
 
     def finished(self, made: Step) -> None:
-        """The step counts from now on. Its line in the logs waits for the validation that may follow."""
+        """Count the step as finished.
+
+        Its line in metrics.jsonl waits for the validation that may follow.
+        """
         seconds = self._actor.clock.read()
         seconds["update"] = time.perf_counter() - self._began - sum(seconds.values())
         groups = self._groups(made)
@@ -196,22 +193,20 @@ class Run:
         self._refused = self._actor.refusals.total
         self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
         self._done = made.number + 1
-        self._stopped = next(
-            (reason for reason in distributed.gather([self._stop.reason]) if reason), None
-        )
+        reasons = distributed.gather([self._stop.reason])
+        self._stopped = next((reason for reason in reasons if reason), None)
 
     def _groups(self, made: Step) -> list[Group]:
-        """All ranks' responses as text and numbers, in prompt order."""
-        rollout = made.batch.rollout
-        return distributed.gather(
-            make_groups(self._actor.tokenizer, made.prompts, rollout, made.judged, made.valid)
-        )
+        """The responses of all ranks as text and numbers, in prompt order."""
+        tokenizer, rollout = self._actor.tokenizer, made.batch.rollout
+        groups = make_groups(tokenizer, made.prompts, rollout, made.judged, made.valid)
+        return distributed.gather(groups)
 
     def _ratios(self, made: Step) -> dict[str, float | None]:
-        """How far the scorer's log pi is from the sampler's; None if nothing was scored."""
+        """How far log pi of the scorer is from that of the sampler; None if nothing was scored."""
         scored = made.batch.logp_old
         if scored is None and self._updates:
-            scored = self._updates[0][0].logp  # the only optimizer step's
+            scored = self._updates[0][0].logp  # of the only optimizer step
         if scored is None:
             return summarise_ratios([], 1, 1)
         rollout, p = made.batch.rollout, len(made.prompts)
@@ -219,16 +214,15 @@ class Run:
         gap = -log_ratio.sum(1)  # (B,)
         distance = (log_ratio.expm1() - log_ratio).sum(1)  # (B,)
         outside = ((log_ratio.exp() - 1).abs() > 0.1).sum(1)  # (B,)
-        sums = torch.stack(
-            [value.double().view(p, -1).sum(1) for value in (gap, distance, outside)], 1
-        )  # (p, 3)
+        columns = [value.double().view(p, -1).sum(1) for value in (gap, distance, outside)]
+        sums = torch.stack(columns, 1)  # (p, 3)
         tokens = sum(distributed.gather([int(rollout.length.sum())]))
         return summarise_ratios(distributed.gather(sums.tolist()), made.advantage.numel(), tokens)
 
     def validate_if_due(self) -> None:
-        """One response to each validation prompt, before the first step, at every --val-check-interval and at the end.
+        """Validate before the first step, after every --val-check-interval steps and at the end.
 
-        One that a server's failure has cost is made up for when the run goes on.
+        A validation that a failure of the server has prevented is made when the run goes on.
         """
         held_out, done = self._data.held_out, self._done
         due = done == self._total or done % self._config.val_check_interval == 0
@@ -243,19 +237,24 @@ class Run:
         self._validated.add(done)
 
     def save_if_due(self) -> None:
-        """Write the step's lines, and at every --save-interval, at a stop and at the end a checkpoint."""
+        """Write the lines of the step and, if one is due, a checkpoint.
+
+        A checkpoint is due every --save-interval steps, at a stop and at the end.
+        """
         self._write()
         interval = self._config.save_interval or self._config.val_check_interval
         if self._done == self._total or self._stopped or self._done % interval == 0:
             self._save()
 
     def _write(self) -> None:
+        """Write the lines of the last finished step, if they are not written yet."""
         if self._held is not None:
             metrics, groups, advantage = self._held
             self._recorder.log(metrics, groups, advantage.flatten().tolist())
             self._held = None
 
     def _save(self) -> None:
+        """Write a checkpoint of the finished steps, if there is none yet."""
         if self._done == self._saved:
             return
         self._write()
@@ -267,13 +266,6 @@ class Run:
             "refused": self._refused,
         }
         model, tokenizer = self._actor.model, self._actor.tokenizer
-        checkpoint.save(
-            self._folder,
-            self._done,
-            model,
-            self._optimizer,
-            tokenizer,
-            state,
-            self._config.save_top_k,
-        )
+        optimizer, keep_best = self._optimizer, self._config.save_top_k
+        checkpoint.save(self._folder, self._done, model, optimizer, tokenizer, state, keep_best)
         self._saved = self._done

@@ -8,14 +8,15 @@ from reinforce.errors import RetryError
 
 
 class Stop:
-    """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time.
+    """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time limit.
 
-    Before the loop there is nothing to save, and a signal ends the run; in the loop it is noted, however many come, and the
-    loop asks when a step is done. A save is never interrupted.
+    Before the loop there is nothing to save, and a signal ends the run. In the loop signals are
+    noted, however many come, and the loop asks for the reason after each step. So no signal
+    interrupts a save.
     """
 
     def __init__(self) -> None:
-        """Take over the three signals of this process, and start its clock."""
+        """Take over the three signals of this process, and start the clock of the limit."""
         self.signal: str | None = None
         self.in_loop = False
         self.limit: int | None = None  # seconds since this object was made
@@ -24,17 +25,15 @@ class Stop:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first, self.signal = self.signal is None, signal.Signals(number).name
-        if first and not self.in_loop:
+        is_first, self.signal = self.signal is None, signal.Signals(number).name
+        if is_first and not self.in_loop:
             raise RetryError(f"stopped by {self.signal} before the first step")
 
     @property
     def reason(self) -> str | None:
-        """What it is stopped by; None if it is not."""
-        if (
-            self.signal is None
-            and self.limit is not None
-            and time.monotonic() - self._began >= self.limit
-        ):
+        """The signal or the limit that stops the run; None if nothing does."""
+        if self.signal is not None:
+            return self.signal
+        if self.limit is not None and time.monotonic() - self._began >= self.limit:
             return f"its time limit of {self.limit} s"
-        return self.signal
+        return None

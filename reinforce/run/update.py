@@ -37,18 +37,19 @@ class Update:
 
 
 def plan_updates(valid: Tensor, length: Tensor, config: TrainConfig) -> list[Update]:
-    """The optimizer steps of one rollout, whole prompts in rollout order; valid and length (P, K), of all ranks.
+    """The optimizer steps of one rollout, whole prompts in rollout order.
 
-    --global-batch-size says how many rows each takes, by default all.
+    valid and length (P, K) are of all ranks. --global-batch-size says how many rows each step
+    takes, by default all.
     """
     p, k = valid.shape
     size = (config.global_batch_size or p * k) // k  # prompts
-    place = distributed.deal(range(p))  # the prompt of each of this rank's groups
+    ours = distributed.deal(range(p))  # the prompt of each of this rank's groups
     updates = []
     for first in range(0, p, size):
         prompts = range(first, min(first + size, p))
         n = normaliser(length[prompts], valid[prompts], config.loss_norm)
-        rows = [b for b in range(k * len(place)) if place[b // k] in prompts]
+        rows = [b for b in range(k * len(ours)) if ours[b // k] in prompts]
         updates.append(Update(prompts, rows, n))
     return updates
 
@@ -74,14 +75,12 @@ class Sums:
         """One micro-batch: its loss, scalar, and logp (b, T)."""
         self._loss += loss.detach()
         if part.logp_old is not None:
-            self._clipped += clipped_tokens(
-                logp, part.logp_old, part.advantage, part.weight, self._ratio_clip
-            )
+            arguments = (logp, part.logp_old, part.advantage, part.weight)
+            self._clipped += clipped_tokens(*arguments, self._ratio_clip)
         self._logp[part.rows, : logp.shape[1]] = logp.detach()[: len(part.rows)]
 
     def over_ranks(self) -> Summed:
         """The sums of all ranks; every rank must ask."""
-        loss, clipped = zip(
-            *distributed.gather([(self._loss.item(), self._clipped.item())]), strict=True
-        )
+        sums = distributed.gather([(self._loss.item(), self._clipped.item())])
+        loss, clipped = zip(*sums, strict=True)
         return Summed(math.fsum(loss), math.fsum(clipped), self._logp)

@@ -1,4 +1,7 @@
-"""Validation: one response to each held-out prompt, with the same random numbers every time, and its reward."""
+"""Validation: one response to each held-out prompt, and its reward.
+
+The random numbers are the same in every validation.
+"""
 
 from reinforce.objective import Judged
 from reinforce.run import distributed
@@ -6,24 +9,22 @@ from reinforce.run.actor import Actor
 from reinforce.run.group import Group, make_groups
 from reinforce.text import Prompt
 
-STEP = (
-    -1
-)  # the "step" of its random numbers: the same at every validation, so before and after compare
+# the "step" of the random numbers: the same at every validation, so that two of them compare
+STEP = -1
 
 
 def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
-    """One response to each prompt, scored; the same groups on every rank."""
-    own = distributed.deal(prompts)
+    """One response to each prompt, with its reward; the same groups on every rank."""
+    dealt = distributed.deal(prompts)  # the prompts of this rank
 
-    def answered() -> list[Group]:
-        if not own:
+    def respond() -> list[Group]:
+        if not dealt:
             return []
-        rollout = actor.respond(
-            own, 1, STEP, actor.validation, actor.config.val_rollout_micro_batch_size
-        )
-        reward, _ = actor.ask(own, rollout)
-        return make_groups(actor.tokenizer, own, rollout, Judged(reward, None, reward))
+        rows = actor.config.val_rollout_micro_batch_size
+        rollout = actor.respond(dealt, 1, STEP, actor.validation, rows)
+        reward, _ = actor.ask(dealt, rollout)
+        return make_groups(actor.tokenizer, dealt, rollout, Judged(reward, None, reward))
 
     with distributed.gathered(actor.policy):
-        groups = distributed.together(answered)
+        groups = distributed.together(respond)
     return distributed.gather(groups)

@@ -15,6 +15,7 @@ from reinforce.serving.batcher import Batcher, LateError
 from reinforce.serving.body import MAX_BODY
 from reinforce.serving.connection import ANSWER_SECONDS, late
 from reinforce.serving.forward import NotFiniteError
+from reinforce.serving.function import FunctionError
 from reinforce.serving.http import HttpError, Reply, Request, json_body
 from reinforce.serving.items import read
 from reinforce.serving.metrics import metrics
@@ -104,6 +105,8 @@ class RewardServer(Server):
         except torch.OutOfMemoryError:
             reason = "one text alone does not fit the device"
             return HttpError(507, "out_of_memory", reason).reply()
+        except FunctionError as error:
+            return HttpError(500, "failed", str(error)).reply()
         except Exception:
             return HttpError(500, "failed", "the reward model failed; see the server's log").reply()
         finally:

@@ -11,9 +11,9 @@ import torch
 from transformers.utils import cached_file
 
 from reinforce import device as devices
-from reinforce.plugin import load_named
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.cut import last_tokens
+from reinforce.serving.function import FunctionError, load_function
 from reinforce.serving.protocol import Text
 from reinforce.serving.reward_model import (
     fingerprint,
@@ -84,8 +84,8 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
 
 def function_reward(config: ServeConfig, spec: str) -> Reward:
     """A plain Python function, FILE.py:NAME. Raises ConfigError."""
-    named = load_named(spec, "--reward-fn")
-    function = named.value
+    function = load_function(spec)
+    named = function.named
 
     def encode(text: Text) -> tuple[tuple[str, str, Any], bool]:
         if text.completion is not None:
@@ -98,9 +98,8 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
     def run(items: list[tuple[str, str, Any]]) -> list[float]:
         prompts, completions, labels = (list(column) for column in zip(*items, strict=True))
-        return numbers_of(
-            function(prompts=prompts, completions=completions, labels=labels), len(items), spec
-        )
+        scores = function(prompts=prompts, completions=completions, labels=labels)
+        return numbers_of(scores, len(items), function.shown)
 
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
@@ -110,18 +109,18 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
     """What a reward function returned, if it is one number for each completion.
 
-    A list, tuple, array or 1-D tensor of them. Raises ValueError.
+    A list, tuple, array or 1-D tensor of them. Raises FunctionError.
     """
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     # of a dict the keys, of a string the digits would become rewards
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
+        raise FunctionError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
     if len(values) != count:
-        raise ValueError(f"{spec} returned {len(values)} scores for {count} completions")
+        raise FunctionError(f"{spec} returned {len(values)} scores for {count} completions")
     plain = [value.item() if hasattr(value, "item") else value for value in values]
     for value in plain:
         if not isinstance(value, (int, float)):
-            raise ValueError(f"{spec} returned {value!r:.80} as a score")
+            raise FunctionError(f"{spec} returned {value!r:.80} as a score")
     return [float(value) for value in plain]
 
 

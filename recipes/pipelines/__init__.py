@@ -1,0 +1,1 @@
+"""What ./launch.sh NAME runs: `pipeline(job, words)` of NAME.py, with the verbs of launch.Job."""
