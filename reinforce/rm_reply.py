@@ -76,7 +76,7 @@ def index_of(body: bytes, count: int) -> int | None:
 
 
 def message_of(body: bytes) -> str:
-    """The message of an error in one printable line, or else what the body begins with."""
+    """The message of an error in one line, or whatever else the body begins with."""
     try:
         message = json.loads(body)["message"]
     except (ValueError, KeyError, TypeError, RecursionError):
