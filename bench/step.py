@@ -4,10 +4,11 @@
     python bench/step.py --policy cache/smollm2/policy --case forced
 
 Both sides have the same model, prompts, K = 4, lengths, reward function and threads, a learning
-rate of 0 (ours: 1e-30) and a KL penalty. Ours asks a reward server over HTTP, TRL calls the function
-in its own process. TRL runs without checkpointing, with its cache, at each per-device batch that
-divides the step, in both precisions; the fastest counts. Each measurement is a process of its own,
-whose first step is not counted. Printed are medians, peak memory, and the machine's matrix rate.
+rate of 0 (ours: 1e-30) and a KL penalty. Ours asks a reward server over HTTP, TRL calls the
+function in its own process. TRL runs without checkpointing, with its cache, at each per-device
+batch that divides the step, in both precisions; the fastest counts. Each measurement is a process
+of its own, whose first step is not counted. Printed are medians, peak memory, and the machine's
+matrix rate.
 """
 
 import argparse
@@ -265,7 +266,8 @@ def summary(result: dict[str, Any]) -> str:
     """Seconds, mean length, memory, and what the time went into."""
     seconds = statistics.median(result["seconds"])
     parts = " ".join(f"{name} {value:.1f}" for name, value in result.get("parts", {}).items())
-    return f"{seconds:.1f} s, {result['length']:.0f} tokens a response, {result['peak']:.1f} GiB {parts}"
+    length, peak = result["length"], result["peak"]
+    return f"{seconds:.1f} s, {length:.0f} tokens a response, {peak:.1f} GiB {parts}"
 
 
 if __name__ == "__main__":

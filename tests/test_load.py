@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, small_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import FINGERPRINT, ask, connect, lengths, live, read_reply, request
@@ -683,3 +683,37 @@ def test_no_body_ends_the_server_or_gets_a_wrong_number(fuzzed, value):
     if status == 200:
         reply = json.loads(got.partition(b"\r\n\r\n")[2])
         assert reply["rewards"] == lengths(value.get("query", [])) and reply["id"] == value.get("id")
+
+
+def test_a_run_whose_server_is_killed_in_a_step_ends_bitwise_as_undisturbed(small, tmp_path):
+    """The new server takes six seconds to warm up; in that time it answers 503, and the trainer waits."""
+    late = tmp_path / "late"
+    (tmp_path / "f.py").write_text(
+        f"import os, time\nif os.path.exists({str(late)!r}):\n    time.sleep(6)\n"
+        "def f(prompts, completions, labels):\n    time.sleep(0.3)\n    return [len(c) / 10 for c in completions]\n"
+    )
+    weights = []
+    for name in ("undisturbed", "disturbed"):
+        flags = [*small_flags(small, "PORT"), "--val-check-interval", "99", "--log-dir", tmp_path / name]
+        with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, server):
+            words = [str(port) if word == "PORT" else str(word) for word in flags]
+            train = subprocess.Popen([sys.executable, ROOT / "train.py", *words], env=environment(OMP_NUM_THREADS=1),
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+            if name == "undisturbed":
+                out, _ = train.communicate(timeout=120)
+            else:
+                log, end = tmp_path / name / "metrics.jsonl", time.monotonic() + 60
+                while not log.exists() or not log.read_text():
+                    assert train.poll() is None and time.monotonic() < end
+                    time.sleep(0.02)
+                server.kill()
+                server.wait()
+        if name == "disturbed":
+            late.touch()
+            with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", "--port", port):
+                ready = time.monotonic()
+                out, _ = train.communicate(timeout=120)
+                assert time.monotonic() - ready < 30
+        assert train.returncode == 0, out
+        weights.append((tmp_path / name / "checkpoints/step-000003/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
