@@ -11,19 +11,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from reinforce.errors import ConfigError  # noqa: E402
 from reinforce.flags import parse  # noqa: E402
 from reinforce.run.config import TrainConfig  # noqa: E402
-from reinforce.run.exits import run  # noqa: E402
 from reinforce.serving.config import ServeConfig  # noqa: E402
 
 
 def main() -> None:
-    """Raise ConfigError on the first flag that is wrong."""
+    """Exit code 2 and one sentence for the first flag that is wrong."""
     middle = sys.argv.index("--")
-    parse(ServeConfig, "", sys.argv[1:middle])
     added = ["--policy", "x", "--train-data", "x", "--rm-host", "x", "--rm-port", "1"]
-    parse(TrainConfig, "", [*added, *sys.argv[middle + 1 :]])
+    try:
+        parse(ServeConfig, "", sys.argv[1:middle])
+        parse(TrainConfig, "", [*added, *sys.argv[middle + 1 :]])
+    except ConfigError as error:
+        print(f"launch.sh: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, name="launch.sh"))
+    main()

@@ -685,6 +685,7 @@ def test_no_body_ends_the_server_or_gets_a_wrong_number(fuzzed, value):
         assert reply["rewards"] == lengths(value.get("query", [])) and reply["id"] == value.get("id")
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_is_killed_in_a_step_ends_bitwise_as_undisturbed(small, tmp_path):
     """The new server takes six seconds to warm up; in that time it answers 503, and the trainer waits."""
     late = tmp_path / "late"

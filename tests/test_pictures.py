@@ -20,7 +20,7 @@ from reinforce.run import curves, pictures
 def no_warnings():
     """A missing glyph, an axis without extent, a legend without an entry: matplotlib warns of them all."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 

@@ -36,6 +36,9 @@ SHORT = {  # with two steps, under -m slow
     "torchrun train.py --preset": "several optimizer steps: test_end_to_end.py",
     "toy=$(python recipes/toy.py)\npython serve_rm.py": "server and actor apart: test_end_to_end.py",
     "toy=$(python recipes/toy.py)\n./launch.sh run": "its like is in the README",
+    "toy=$(python recipes/toy.py)\ntrain=": "reward functions: test_reward_function.py",
+    "toy=$(python recipes/toy.py)\nmkdir -p runs/own": "other forms of prompts: test_sources.py",
+    "toy=$(python recipes/toy.py)\npython - $toy": "other forms of prompts: test_sources.py",
     "cat > mine.py": "a baseline of one's own: test_own_baseline.py",
 }
 ELSEWHERE = {

@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification
 
 from reinforce.errors import ConfigError
 from reinforce.policy import OUT_OF_MEMORY, announce, first_line, load_tokenizer, without_dropout
+from reinforce.serving.config import DAY
 from reinforce.text import encode, render
 
 FLAG = "--reward-model"
-DAY = "2024-07-26"  # the day that a chat template prints: no reward changes at midnight
 
 
 def load_reward_model(
