@@ -93,7 +93,8 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
         lines = [json.dumps({"messages": m}) for m in prompts(case, PROMPTS * (steps + 1))]
         data.write_text("\n".join(lines) + "\n")
         run = f"{folder}/run"
-        least = ("--min-new-tokens", str(case.tokens)) if case.forced else ()
+        # the last token may be an end token: the length is the same
+        least = ("--min-new-tokens", str(case.tokens - 1)) if case.forced else ()
         sys.argv = [
             "train.py",
             *("--policy", policy, "--train-data", str(data), "--log-dir", run),
