@@ -14,3 +14,8 @@ class RetryError(Exception):
 
 class FailedError(Exception):
     """Another try would not help: a wrong answer of the reward server, say. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, its type if it has none: libraries write paragraphs."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, first_line
 from reinforce.logprobs import Scorer
-from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks, first_line
+from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks
 from reinforce.rollout import Rollout
 from reinforce.sampler import Sampling, row_seed, sample
 from reinforce.sharing import prompt_may_run_once

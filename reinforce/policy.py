@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, first_line
 from reinforce.head import give_float32_logits
 from reinforce.hub import refuse_missing_path
 from reinforce.text import TEMPLATE
@@ -74,11 +74,6 @@ def with_template(tokenizer: Any, flag: str) -> Any:
             r'"\n\nHuman: ...\n\nAssistant:"'
         )
     return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text: the libraries below us write paragraphs."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, ...]:

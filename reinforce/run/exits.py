@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from reinforce.errors import ConfigError, FailedError, RetryError
+from reinforce.errors import ConfigError, FailedError, RetryError, first_line
 from reinforce.run import distributed
 from reinforce.run.folder import claimed, is_ours, log_dir_of
 from reinforce.run.stop import Stop
@@ -127,8 +127,3 @@ def run_in_folder(body: Callable[[Life], None]) -> int:
                 folder = life.folder or folder
 
     return run(main, lambda: folder)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from reinforce.errors import ConfigError
-from reinforce.policy import OUT_OF_MEMORY, announce, first_line, load_tokenizer, without_dropout
+from reinforce.errors import ConfigError, first_line
+from reinforce.policy import OUT_OF_MEMORY, announce, load_tokenizer, without_dropout
 from reinforce.serving.config import DAY
 from reinforce.text import encode, render
 
