@@ -38,6 +38,7 @@ case "$*" in
     echo "$$" >"$FAKE_DIR/server.pid"
     [ -z "${SERVER_DIES:-}" ] || { sleep "$SERVER_DIES"; [ -n "${AT_START:-}" ] || { echo 127.0.0.1 9 >"$2"; sleep 1; }; exit 70; }
     [ -z "${NEVER_READY:-}" ] || exec sleep 60
+    [ -z "${READY_LATE:-}" ] || { : >"$2"; sleep 0.5; printf 127.0.0.1 >"$2"; sleep 0.5; }
     echo 127.0.0.1 9 >"$2"; exec sleep 60 ;;
   *reinforce/run/torchrun.py*)
     echo "$@" >"$FAKE_DIR/trainer.args"; echo "$$" >"$FAKE_DIR/trainer.pid"
@@ -82,6 +83,12 @@ def pid_of(folder, name, wait=20):
         assert time.monotonic() < end, f"no {name}"
         time.sleep(0.05)
     return int((folder / name).read_text())
+
+
+def test_a_ready_file_that_is_seen_half_written_is_read_again(launch, tmp_path):
+    out, _ = (job := launch("run", "--reward-fn", "x.py:f", "--", "--max-steps", "3", TRAINER_CODE=0, READY_LATE=1)).communicate(timeout=60)
+    assert job.returncode == 0, out
+    assert "--rm-host 127.0.0.1 --rm-port 9 " in (tmp_path / "trainer.args").read_text()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])

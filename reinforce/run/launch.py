@@ -148,9 +148,10 @@ class Job:
 
     def is_ready(self, ready: Path) -> bool:
         """Whether the server has written its address, and answers there."""
-        if not ready.exists():
+        words = ready.read_text().split() if ready.exists() else []
+        if len(words) != 2:  # not there, or seen empty through a shared file system
             return False
-        host, port = ready.read_text().split()
+        host, port = words
         if self.hetjob:
             host = self.hetjob.server_host
         self.address = (host, port)
