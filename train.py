@@ -45,11 +45,12 @@ from reinforce.text import Prompt
 def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Judged:
     """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64."""
     config, kl = actor.config, None
-    reward = actor.reward(prompts, rollout, kind)  # (B,), over HTTP
+    requested = actor.request_rewards(prompts, rollout, kind)  # over HTTP, while pi_ref scores
     ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
     if ref_logp is not None:
         kl_token = KL[config.kl](rollout.logp, ref_logp)  # (B, T)
         kl = per_response(kl_token, rollout.mask, config.kl_reduce).double().cpu()  # (B,)
+    reward = actor.rewards(requested)  # (B,)
     beta, finished = config.initial_policy_kl_penalty, rollout.finished.cpu()
     return Judged(reward, kl, objective(reward, kl, beta, finished, config.missing_eos_penalty))
 

@@ -1,13 +1,14 @@
 """Float32 logits: the head's product has a float32 result, whatever the precision of the rest.
 
 A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the
-reference all call the head, so the rule stands here, once: on a CPU the product is computed in
-float32; on a GPU under autocast its operands are bfloat16, the sum and the result float32. Left
-out: heads that are not a plain linear layer, whose result is only cast.
+reference all call the head, so the rule stands here, once: under autocast the operands of its
+product are bfloat16, the sum and the result float32. Left out: heads that are not a plain linear
+layer, whose result is only cast.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -15,18 +16,39 @@ from torch import Tensor, nn
 
 
 class _HalfProduct(torch.autograd.Function):
-    """states (n, H) and weight (V, H), both bfloat16 -> states @ weight.T, (n, V) float32."""
+    """states (n, H) and weight (V, H) -> states @ weight.T, (n, V) float32.
+
+    Both are bfloat16 on a GPU. On a CPU they are float32 and rounded inside the product.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return torch.mm(states, weight.t(), out_dtype=torch.float32)
+        with _rounded_operands():
+            if _on_gpu(weight):
+                return torch.mm(states, weight.t(), out_dtype=torch.float32)
+            return states @ weight.t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         states, weight = ctx.saved_tensors
-        half = grad.to(states.dtype)  # (n, V)
-        return half @ weight, half.t() @ states
+        grad = grad.to(states.dtype)  # (n, V)
+        with _rounded_operands():
+            return grad @ weight, grad.t() @ states
+
+
+@contextlib.contextmanager
+def _rounded_operands() -> Iterator[None]:
+    """A block in which a CPU's float32 products round their operands to bfloat16.
+
+    The sums stay float32. A processor without bfloat16 instructions computes in float32.
+    """
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -36,16 +58,17 @@ def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
     """
     if type(head) is not nn.Linear:
         return lambda states: cast(Tensor, head(states)).float()
-    weight, bias, device = head.weight, head.bias, head.weight.device.type
-    half = _on_gpu(weight) and torch.is_autocast_enabled(device)
+    device = head.weight.device.type
+    half = torch.is_autocast_enabled(device)
+    dtype = torch.bfloat16 if half and _on_gpu(head.weight) else torch.float32
     with torch.autocast(device, enabled=False):
-        weight = weight.bfloat16() if half else weight.float()  # (V, H)
+        weight, bias = head.weight.to(dtype), head.bias  # (V, H), (V,)
 
     def product(states: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):
             if not half:
                 return nn.functional.linear(states.float(), weight, bias)
-            rows = states.bfloat16().flatten(0, -2)  # (n, H)
+            rows = states.to(dtype).flatten(0, -2)  # (n, H)
             logits: Tensor = cast(Any, _HalfProduct).apply(rows, weight)  # (n, V)
             logits = logits if bias is None else logits + bias
             return logits.view(*states.shape[:-1], weight.shape[0])

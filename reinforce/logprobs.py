@@ -2,7 +2,8 @@
 
 Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update.
 Here the base model gives hidden states, and the output head runs on the real response tokens alone,
-in chunks whose logits are recomputed in the backward pass. That is exact where logits = head(hidden
+in chunks. Where all their logits would not fit, the backward pass computes each chunk's again. That
+is exact where logits = head(hidden
 states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its logits, Cohere and
 Granite scale them) take their own forward pass.
 """
@@ -18,7 +19,8 @@ from reinforce.head import float32_product
 from reinforce.rollout import positions
 from reinforce.shared_prompt import response_states
 
-CHUNK_FLOATS = 2**25  # logits held at a time: 128 MiB
+CHUNK_FLOATS = 2**24  # logits computed at a time: 64 MiB
+KEPT_FLOATS = 2**26  # logits kept for the backward pass: 256 MiB; more are computed again
 
 
 def policy_logits(
@@ -31,11 +33,35 @@ def policy_logits(
     reference all come through here: two of them with different temperatures or masks would be two
     different policies, and every ratio between them wrong.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if min_new_tokens:
-        barred = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, end_ids, True)  # (n, V)
-        logits = logits.masked_fill(barred & (t < min_new_tokens)[:, None], -torch.inf)
+        bar = torch.zeros(len(t), len(end_ids), device=t.device)  # (n, E)
+        bar = bar.masked_fill((t < min_new_tokens)[:, None], -torch.inf)
+        logits = logits.index_add(1, end_ids, bar)
     return logits
+
+
+class _TokenLogp(torch.autograd.Function):
+    """log softmax(logits) of one token a row: logits (n, V), token (n,) -> logp (n,).
+
+        d logp / d logits = onehot(token) - softmax(logits)
+
+    PyTorch's own gather and log_softmax would make four tensors of (n, V) on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token: Tensor) -> Tensor:
+        logp = logits.log_softmax(-1)  # (n, V)
+        ctx.save_for_backward(logp, token)
+        return logp.gather(1, token[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logp, token = ctx.saved_tensors
+        change = logp.exp().mul_(-grad[:, None])  # (n, V)
+        return change.scatter_add_(1, token[:, None], grad[:, None]), None
 
 
 class Scorer(nn.Module):
@@ -87,10 +113,15 @@ class Scorer(nn.Module):
             states = out.logits[:, :-1]  # (B, T, V)
         states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
-        rows = max(1, CHUNK_FLOATS // hf.config.get_text_config().vocab_size)
+        vocabulary = hf.config.get_text_config().vocab_size
+        rows = max(1, CHUNK_FLOATS // vocabulary)
+        again = len(states) * vocabulary > KEPT_FLOATS
         chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
         parts = [
-            checkpoint(self._token_logp, head, *chunk, use_reentrant=False) for chunk in chunks
+            checkpoint(self._token_logp, head, *chunk, use_reentrant=False)
+            if again
+            else self._token_logp(head, *chunk)
+            for chunk in chunks
         ]
         logp = torch.zeros(mask.shape, device=mask.device)  # (B, T)
         return logp.masked_scatter(mask, torch.cat(parts))
@@ -108,4 +139,5 @@ class Scorer(nn.Module):
         logits = policy_logits(
             head(states), t, self.temperature, cast(Tensor, self.end_ids), self.min_new_tokens
         )
-        return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]  # (n,)
+        logp: Tensor = cast(Any, _TokenLogp).apply(logits, token)  # (n,)
+        return logp

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from reinforce import attention
 from reinforce.errors import ConfigError, first_line
 from reinforce.head import give_float32_logits
 from reinforce.hub import refuse_missing_path
@@ -193,6 +194,7 @@ def load_policy(
     weights as autocast would cast them: the log-probs are exactly the policy's, in half the memory.
     """
     read_config(name, flag)
+    attention.use_for_models()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,

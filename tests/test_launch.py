@@ -86,7 +86,9 @@ def pid_of(folder, name, wait=20):
 
 
 def test_a_ready_file_that_is_seen_half_written_is_read_again(launch, tmp_path):
-    out, _ = (job := launch("run", "--reward-fn", "x.py:f", "--", "--max-steps", "3", TRAINER_CODE=0, READY_LATE=1)).communicate(timeout=60)
+    out, _ = (job := launch("run", "--reward-fn", "x.py:f", "--", "--max-steps", "3", TRAINER_CODE=0, READY_LATE=1)).communicate(
+        timeout=60
+    )
     assert job.returncode == 0, out
     assert "--rm-host 127.0.0.1 --rm-port 9 " in (tmp_path / "trainer.args").read_text()
 

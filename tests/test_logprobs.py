@@ -76,19 +76,47 @@ def test_bf16_reference_scores_exactly_as_the_policy_under_autocast(tmp_path):
         assert torch.equal(Scorer(policy, True)(*args), Scorer(frozen, True)(*args))
 
 
-def test_chunks_change_neither_scores_nor_gradients(model, monkeypatch):
+def test_neither_chunks_nor_logits_computed_again_change_scores_or_gradients(model, monkeypatch):
     out = rollout(model)
 
-    def run(floats):
+    def run(floats, kept=10**9):
         monkeypatch.setattr(logprobs, "CHUNK_FLOATS", floats)
+        monkeypatch.setattr(logprobs, "KEPT_FLOATS", kept)
         model.zero_grad()
         logp = score(model, out)
         reinforce_loss(logp, torch.linspace(-1, 1, 12), out.mask, 12).backward()
         return logp.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    (a, grad_a), (b, grad_b) = run(10**9), run(3 * VOCABULARY)
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert (grad_a - grad_b).norm() <= 1e-5 * grad_a.norm()
+    a, grad_a = run(10**9)
+    for b, grad_b in run(3 * VOCABULARY), run(3 * VOCABULARY, kept=0):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert (grad_a - grad_b).norm() <= 1e-5 * grad_a.norm()
+
+
+def test_logits_are_computed_again_only_where_they_would_not_fit(model, monkeypatch):
+    out, calls = rollout(model), []
+    once = Scorer._token_logp
+    monkeypatch.setattr(Scorer, "_token_logp", lambda *a: (calls.append(len(a[2])), once(*a))[1])
+    tokens = int(out.mask.sum())
+    for kept, times in ((tokens * VOCABULARY, 1), (tokens * VOCABULARY - 1, 2)):
+        monkeypatch.setattr(logprobs, "KEPT_FLOATS", kept)
+        score(model, out).sum().backward()
+        assert sum(calls) == times * tokens
+        calls.clear()
+
+
+def test_the_hand_written_gradient_of_a_tokens_logp_is_the_numerical_one():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=draw, dtype=torch.float64)
+    logits[0, 3] = -torch.inf  # a barred token: probability 0, gradient 0
+    token = torch.tensor([1, 6, 0, 0, 3])
+    free = logits.isfinite()
+
+    def logp(values):
+        return logprobs._TokenLogp.apply(logits.masked_scatter(free, values), token)
+
+    assert torch.autograd.gradcheck(logp, logits[free].requires_grad_())
+    torch.testing.assert_close(logp(logits[free]), logits.log_softmax(-1)[range(5), token])
 
 
 def test_gradient_agrees_with_a_naive_unpadded_loop(model):
@@ -169,25 +197,31 @@ def test_models_that_change_their_logits_are_found_and_scored_by_their_own_forwa
         torch.testing.assert_close(logp[b][out.mask[b]], naive(model, PROMPTS[b // 4], response), rtol=0, atol=1e-5)
 
 
-def test_the_head_of_a_gpu_has_bfloat16_operands_a_float32_result_and_their_gradient(monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_under_bf16_the_head_has_bfloat16_operands_a_float32_result_and_their_gradient(gpu, monkeypatch):
     """torch.mm has `out_dtype` on CUDA alone; a stand-in does what it is documented to do."""
     from reinforce import head
 
     plain = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: plain(a.float(), b.float()) if out_dtype else plain(a, b))
+    monkeypatch.setattr(head, "_on_gpu", lambda weight: gpu)
     draw = torch.Generator().manual_seed(0)
-    states, weight = (torch.randn(n, 16, generator=draw).requires_grad_() for n in (5, 40))
-    logits = head._HalfProduct.apply(states.bfloat16(), weight.bfloat16())
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, states.bfloat16().float() @ weight.bfloat16().float().T)
-    monkeypatch.setattr(head, "_on_gpu", lambda weight: True)
+    linear = torch.nn.Linear(576, 400, bias=False)
+    states = torch.randn(50, 576, generator=draw).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        product = head.float32_product(torch.nn.Linear(16, 40))
-        assert product(torch.zeros(0, 16)).shape == (0, 40), "a rank that has no rows left"
-        assert product(torch.zeros(2, 3, 16)).shape == (2, 3, 40)
-    up = torch.randn(5, 40, generator=draw)
+        product = head.float32_product(linear)
+        logits = product(states)
+        assert product(torch.zeros(0, 576)).shape == (0, 400), "a rank that has no rows left"
+        assert product(torch.zeros(2, 3, 576)).shape == (2, 3, 400)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none", "left as it was"
+    weight = linear.weight
+    exact, rounded = states @ weight.T, states.bfloat16().float() @ weight.bfloat16().float().T
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    # a processor without bfloat16 products computes in float32
+    assert min((logits - right).abs().max() for right in (exact, rounded)) < 1e-5
+    up = torch.randn(50, 400, generator=draw)
     got = torch.autograd.grad((logits * up).sum(), (states, weight))
-    want = torch.autograd.grad(((states @ weight.T) * up).sum(), (states, weight))
+    want = torch.autograd.grad((exact * up).sum(), (states, weight))
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rollout import Batch, Rollout, micro_batches
 from reinforce.run import distributed
 from reinforce.run.config import TrainConfig
+from reinforce.run.in_flight import in_flight
 from reinforce.run.update import Update
 from reinforce.sampler import Sampling, row_seed, sample_in_batches
 from reinforce.text import Prompt, reward_requests
@@ -50,6 +52,14 @@ class Clock:
         """The seconds so far; they start at zero again."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+@dataclass(frozen=True)
+class Requested:
+    """Rewards that the server has been asked for."""
+
+    answer: Future[tuple[Tensor, list[Row]]]
+    most: int  # refused rows that may be left out
 
 
 @dataclass(frozen=True)
@@ -99,23 +109,32 @@ class Actor:
         with devices.autocast(self.device, self.bf16):
             return sample_in_batches(self.policy.decode, ids, seeds, sampling, rows, self.device)
 
-    def reward(self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Tensor:
-        """The reward of each row, (B,) float64, from the server.
+    def request_rewards(
+        self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED
+    ) -> Requested:
+        """Ask the server for the reward of each row, and wait for nothing.
 
-        A rank whose server fails takes the other ranks along. A sampled row that the server refuses
-        is NaN, as often in a run as --skip-refused allows.
+        A sampled row that the server refuses will be NaN, as often in a run as --skip-refused
+        allows.
         """
         most = self.refusals.left if kind == SAMPLED else 0
+        return Requested(in_flight(lambda: self.ask(prompts, rollout, kind, most)), most)
+
+    def rewards(self, requested: Requested) -> Tensor:
+        """The reward of each row, (B,) float64, as soon as the server has answered.
+
+        A rank whose server fails takes the other ranks along.
+        """
         with self.clock("reward"):
-            reward, refused = distributed.together(lambda: self.ask(prompts, rollout, kind, most))
-            if most:
+            reward, refused = distributed.together(requested.answer.result)
+            if requested.most:
                 self.refusals.take([row for rows in distributed.gather([refused]) for row in rows])
         return reward
 
     def ask(
         self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0
     ) -> tuple[Tensor, list[Row]]:
-        """`reward` of one rank alone, and the rows that are NaN.
+        """The rewards of one rank alone, (B,) float64, and the rows that are NaN.
 
         Raises RefusedRowError where the server refuses more than `most`.
         """

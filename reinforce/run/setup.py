@@ -34,7 +34,7 @@ from reinforce.policy import (
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import checkpoint, distributed, first_reward, resume
+from reinforce.run import allocator, checkpoint, distributed, first_reward, resume
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
@@ -225,6 +225,7 @@ def choose_precision(inputs: Inputs, size: int) -> bool:
 def load(inputs: Inputs) -> Actor:
     """Load the models to their devices; the policy of a run that goes on is its checkpoint."""
     config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
+    allocator.keep_freed_memory()
     sharded = config.parallel == "fsdp"
     # a device that takes a shard may be too small for the whole model
     load_device = torch.device("cpu") if sharded else device

@@ -1,0 +1,20 @@
+"""Memory that a step frees stays with the process, for the next step.
+
+glibc gives a large tensor's pages back to the kernel when it is freed, and the kernel clears them
+when they are asked for again: a million pages a step with a model of 135M parameters, a third of
+its seconds. Other C libraries, and a GPU's allocator, are left as they are.
+"""
+
+import ctypes
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_... of malloc.h
+MOST = 2**31 - 1  # bytes, the largest C int
+
+
+def keep_freed_memory() -> None:
+    """From now on, freed memory is kept, but what is beyond 2 GiB at the heap's end."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    libc.mallopt(MMAP_MAX, 0)  # else a tensor beyond 32 MiB has a mapping of its own
+    libc.mallopt(TRIM_THRESHOLD, MOST)

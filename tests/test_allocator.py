@@ -1,0 +1,26 @@
+"""Freed memory stays with the process: a second step's tensors fault in no pages."""
+
+import ctypes
+
+import pytest
+from conftest import script
+
+FAULTS = """
+import resource, sys, torch
+from reinforce.run.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+faults = []
+for step in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(megabytes * 2**18) for megabytes in (100, 7, 40)]
+    del kept
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1] * resource.getpagesize() // 2**20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's mallopt")
+def test_a_tensor_that_takes_the_place_of_a_freed_one_needs_no_new_pages():
+    keep, plain = (int(script("-c", FAULTS, word).stdout) for word in ("keep", "as it is"))
+    assert keep < 10 and plain > 90, (keep, plain)
