@@ -25,8 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -156,7 +158,9 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
     return cast(T, result)
 
 
-def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
+def wrap(
+    scorer: nn.Module, device: torch.device, parallel: str, bf16: bool, on_host: bool = False
+) -> nn.Module:
     """The scorer as a module whose backward pass averages gradients over the ranks.
 
     `backward` below turns these means into sums.
@@ -165,15 +169,21 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     parallel="fsdp": the scorer is sharded in place, in the memory of `device`, one transformer
                      block at a time. Its forward pass and its `decode` gather what they need. With
                      bf16 the gathered blocks are bfloat16. The optimizer sees the float32 shards.
+                     With on_host the shards, their gradients and the optimizer's step are on the
+                     host, and the device has what is gathered.
     """
     if parallel == "fsdp":
         mesh = init_device_mesh(device.type, (world_size(),))
         policy = MixedPrecisionPolicy()
         if bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        shards = OffloadPolicy()
+        if on_host:
+            shards = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in blocks(scorer):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(scorer, mesh=mesh)  # embeddings and head stay float32
+            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=shards)
+        # embeddings and head stay float32
+        fully_shard(scorer, mesh=mesh, offload_policy=shards)
         register_fsdp_forward_method(scorer, "decode")
         return scorer
     if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
@@ -220,7 +230,8 @@ def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    shard = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return shard.to(parameter.device)  # shards on the host come back from the mesh's device
 
 
 def in_step(parts: list[list[int]]) -> list[list[int]]:

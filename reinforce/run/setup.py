@@ -34,7 +34,7 @@ from reinforce.policy import (
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import checkpoint, distributed, first_reward, resume
+from reinforce.run import checkpoint, distributed, first_reward, offload, resume
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
@@ -242,15 +242,17 @@ def load(inputs: Inputs) -> Actor:
         sampled = (config.temperature, ends, config.min_new_tokens)
         return Scorer(model, verdict.plain, *sampled, verdict.shares_prompt).to(load_device)
 
+    host = offload.chosen(config, device)
     scorer = scorer_of(model)
     # wrapped before the reference is loaded: a rank then never holds two whole models
-    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)
+    wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
     reference = None
     if config.initial_policy_kl_penalty > 0:
         half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
         dtype = torch.bfloat16 if half else torch.float32
         frozen = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
-        reference = distributed.wrap(scorer_of(frozen), device, config.parallel, bf16)
+        frozen = scorer_of(frozen)
+        reference = distributed.wrap(frozen, device, config.parallel, bf16, host.reference)
     training, validation = samplings(config, tokenizer, ends)
     if distributed.rank() == 0:
         print_setting(inputs, source, size, bf16)
@@ -267,6 +269,8 @@ def load(inputs: Inputs) -> Actor:
         device=device,
         bf16=bf16,
         refusals=Refusals(config.skip_refused),
+        adamw=offload.adamw(device, host.optimizer and not sharded),
+        idle=offload.idle(reference, device, host.reference and not sharded),
     )
 
 
