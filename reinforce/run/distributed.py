@@ -7,8 +7,7 @@ shards and gathered block by block (FSDP2). In one process without torchrun all 
 FSDP do nothing.
 
 See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv
-2304.11277). Left out: tensor and pipeline parallelism, and reading shards from the disk: a rank
-holds the whole model while it starts.
+2304.11277). Left out: tensor and pipeline parallelism.
 """
 
 import contextlib
@@ -23,6 +22,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -198,6 +199,17 @@ def wrap(
     (0 * wrapped(token, mask, token, mask)).sum().backward()
     scorer.zero_grad()
     return wrapped
+
+
+def read_shards(module: nn.Module, parameters: dict[str, Tensor], folder: str) -> None:
+    """Read this rank's shards of the named parameters from the safetensors files of a folder.
+
+    `module` was wrapped while its parameters were on the meta device.
+    """
+    device = cast(DTensor, next(module.parameters())).device_mesh.device_type
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    # no_dist: each rank by itself, without a collective call
+    load(dict(parameters), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
 
 
 @contextlib.contextmanager
