@@ -75,7 +75,7 @@ def train(actor: Actor, data: Data, run: Run) -> None:
     config = actor.config
     baseline = own_baseline.make(config.baseline, config.ema_decay)
     betas = cast(tuple[float, float], config.adam_betas)
-    optimizer = optim.adamw(actor.model, config.lr, betas, config.weight_decay)
+    optimizer = optim.adamw(actor.model, config.lr, betas, config.weight_decay, actor.adamw)
     run.restore(optimizer, baseline)  # of a run that goes on: bitwise, or not at all
     run.validate_if_due()
 

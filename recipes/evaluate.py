@@ -18,6 +18,7 @@ import statistics
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from reinforce.flags import flag, parse, refuse
 from reinforce.logprobs import Scorer
 from reinforce.objective import Judged
 from reinforce.policy import load_policy
-from reinforce.run import exits
+from reinforce.run import exits, offload
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.group import Group, make_groups
@@ -46,7 +47,7 @@ from reinforce.text import Prompt
 # the run's settings that a flag of evaluation replaces
 OVERRIDES = (
     *("temperature", "max_new_tokens", "seed"),
-    *("rm_wait", "device", "precision"),
+    *("rm_wait", "device", "precision", "offload_reference"),
     *("prompt_key", "label_key", "skip_bad_lines"),
 )
 # the step in the seeds of evaluation's random numbers: neither training nor validation has it
@@ -111,6 +112,12 @@ class Config:
         "bf16: bfloat16 matrix products over float32 weights; auto: bf16 where it is fast "
         "(default: the run's)",
         choices=("auto", "fp32", "bf16"),
+    )
+    offload_reference: bool = flag(
+        False,
+        "hardware",
+        "keep each policy in the host's memory, and on the GPU only while it samples or scores "
+        "(default: the run's)",
     )
 
     def check(self) -> None:
@@ -186,11 +193,15 @@ def answer(
 ) -> list[Group]:
     """One scored response to each prompt; with `initial`, also its KL to that policy, nats."""
     sampling = dataclasses.replace(actor.training, greedy=greedy)
+    actor.idle.fetch()
     out = actor.respond(prompts, 1, STEP, sampling, actor.config.val_rollout_micro_batch_size)
+    actor.idle.drop()
     reward, _ = actor.ask(prompts, out)  # (P,)
     distance = None
     if initial is not None and not greedy:
+        initial.idle.fetch()
         token_kl = kl.k1(out.logp, initial.score(initial.scorer, out))  # (P, T)
+        initial.idle.drop()
         distance = kl.per_response(token_kl, out.mask).double().cpu()  # (P,)
     groups = make_groups(actor.tokenizer, prompts, out, Judged(reward, distance, reward))
     return [
@@ -303,9 +314,13 @@ def main() -> None:
         settings, run, trained = settings_of(config, stack)
         initial, data = set_up(settings, "--initial-policy", "--test-data", date_of(run))
         prompts = data.prompts[: config.max_prompts]
+        wanted = initial.config.offload_reference and initial.device.type == "cuda"
+        idle = partial(offload.idle, device=initial.device, wanted=wanted)
+        initial = dataclasses.replace(initial, idle=idle(initial.policy))
         before = answer(initial, prompts, config.greedy)
         model = load_policy(trained, initial.tokenizer, initial.device, flag="--policy")
-        actor = dataclasses.replace(initial, model=model, policy=Scorer(model, plain=True))
+        policy = Scorer(model, plain=True)
+        actor = dataclasses.replace(initial, model=model, policy=policy, idle=idle(policy))
         after = answer(actor, prompts, config.greedy, initial)
     result = compare(before, after)
     print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")

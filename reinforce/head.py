@@ -30,11 +30,12 @@ class _HalfProduct(torch.autograd.Function):
             return states @ weight.t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
         grad = grad.to(states.dtype)  # (n, V)
+        of_states, of_weight = ctx.needs_input_grad
         with _rounded_operands():
-            return grad @ weight, grad.t() @ states
+            return grad @ weight if of_states else None, grad.t() @ states if of_weight else None
 
 
 @contextlib.contextmanager

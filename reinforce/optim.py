@@ -4,21 +4,29 @@ See "Decoupled Weight Decay Regularization", Loshchilov and Hutter (2017, arXiv 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
 def adamw(
-    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    kind: Callable[..., torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not.
+
+    `kind` is AdamW, or a class that differs from it in where it keeps its averages.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return kind(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(

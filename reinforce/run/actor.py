@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from reinforce.rollout import Batch, Rollout, micro_batches
 from reinforce.run import distributed
 from reinforce.run.config import TrainConfig
 from reinforce.run.in_flight import in_flight
+from reinforce.run.offload import Idle
 from reinforce.run.update import Update
 from reinforce.sampler import Sampling, row_seed, sample_in_batches
 from reinforce.text import Prompt, reward_requests
@@ -78,10 +79,15 @@ class Actor:
     device: torch.device
     bf16: bool
     refusals: Refusals
+    # with --offload-optimizer the class whose averages wait on the host
+    adamw: Callable[..., torch.optim.AdamW] = torch.optim.AdamW
+    # with --offload-reference the reference: fetched to score, dropped before any other work
+    idle: Idle = field(default_factory=Idle)
     clock: Clock = field(default_factory=Clock)
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> Rollout:
         """K responses to each of this rank's prompts, row b to prompt b // K."""
+        self.idle.drop()
         with self.clock("rollout"), distributed.gathered(self.policy):
             return self.respond(prompts, self.config.num_rollouts_per_prompt, step, self.training)
 
@@ -166,6 +172,7 @@ class Actor:
         if self.reference is None:
             return None
         with self.clock("reference"):
+            self.idle.fetch()
             return self.score(self.reference, rollout)
 
     def logp_old(self, rollout: Rollout) -> Tensor:
@@ -190,6 +197,7 @@ class Actor:
         Ranks exchange gradients in the last part's backward pass. Every rank gets as many parts:
         one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
         """
+        self.idle.drop()
         most = self.config.micro_batch_size, self.config.micro_batch_tokens
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
         groups = batch.rollout.groups if self.policy.shares_prompt else None

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reinforce.errors import ConfigError, FailedError
-from reinforce.run import distributed
+from reinforce.run import distributed, offload
 
 MANIFEST = "manifest.json"
 # in a folder of its own: inference engines read every *.safetensors beside config.json
@@ -142,6 +142,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                         values[key] = distributed.shard_like(parameter, value)
             if values:
                 optimizer.state[parameter] = values
+                offload.park(optimizer, parameter)
 
 
 def state(folder: Path) -> dict[str, Any]:

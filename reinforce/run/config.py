@@ -304,6 +304,16 @@ class TrainConfig:
         "split over several processes; ddp: each has all parameters; fsdp: each has a part",
         choices=("ddp", "fsdp"),
     )
+    offload_reference: bool = flag(
+        False,
+        "hardware",
+        "keep the initial policy in the host's memory, and on the GPU only while it scores",
+    )
+    offload_optimizer: bool = flag(
+        False,
+        "hardware",
+        "keep AdamW's averages in the host's memory; under --parallel fsdp the weights as well",
+    )
     gradient_checkpointing: bool = flag(
         False,
         "hardware",

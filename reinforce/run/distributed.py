@@ -7,8 +7,7 @@ shards and gathered block by block (FSDP2). In one process without torchrun all 
 FSDP do nothing.
 
 See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv
-2304.11277). Left out: tensor and pipeline parallelism, and reading shards from the disk: a rank
-holds the whole model while it starts.
+2304.11277). Left out: tensor and pipeline parallelism.
 """
 
 import contextlib
@@ -23,10 +22,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -156,7 +159,9 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
     return cast(T, result)
 
 
-def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> nn.Module:
+def wrap(
+    scorer: nn.Module, device: torch.device, parallel: str, bf16: bool, on_host: bool = False
+) -> nn.Module:
     """The scorer as a module whose backward pass averages gradients over the ranks.
 
     `backward` below turns these means into sums.
@@ -165,15 +170,21 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     parallel="fsdp": the scorer is sharded in place, in the memory of `device`, one transformer
                      block at a time. Its forward pass and its `decode` gather what they need. With
                      bf16 the gathered blocks are bfloat16. The optimizer sees the float32 shards.
+                     With on_host the shards, their gradients and the optimizer's step are on the
+                     host, and the device has what is gathered.
     """
     if parallel == "fsdp":
         mesh = init_device_mesh(device.type, (world_size(),))
         policy = MixedPrecisionPolicy()
         if bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        shards = OffloadPolicy()
+        if on_host:
+            shards = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in blocks(scorer):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(scorer, mesh=mesh)  # embeddings and head stay float32
+            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=shards)
+        # embeddings and head stay float32
+        fully_shard(scorer, mesh=mesh, offload_policy=shards)
         register_fsdp_forward_method(scorer, "decode")
         return scorer
     if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
@@ -188,6 +199,17 @@ def wrap(scorer: nn.Module, device: torch.device, parallel: str, bf16: bool) -> 
     (0 * wrapped(token, mask, token, mask)).sum().backward()
     scorer.zero_grad()
     return wrapped
+
+
+def read_shards(module: nn.Module, parameters: dict[str, Tensor], folder: str) -> None:
+    """Read this rank's shards of the named parameters from the safetensors files of a folder.
+
+    `module` was wrapped while its parameters were on the meta device.
+    """
+    device = cast(DTensor, next(module.parameters())).device_mesh.device_type
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    # no_dist: each rank by itself, without a collective call
+    load(dict(parameters), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
 
 
 @contextlib.contextmanager
@@ -220,7 +242,8 @@ def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    shard = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return shard.to(parameter.device)  # shards on the host come back from the mesh's device
 
 
 def in_step(parts: list[list[int]]) -> list[list[int]]:

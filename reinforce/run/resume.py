@@ -55,6 +55,8 @@ SOFT = frozenset(
         "val_rollout_micro_batch_size",
         "gradient_checkpointing",
         "parallel",
+        "offload_reference",
+        "offload_optimizer",
         "device",
         "deterministic",
     )

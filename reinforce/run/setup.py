@@ -34,7 +34,7 @@ from reinforce.policy import (
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import allocator, checkpoint, distributed, first_reward, resume
+from reinforce.run import allocator, checkpoint, distributed, first_reward, offload, resume, shards
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
@@ -222,6 +222,24 @@ def choose_precision(inputs: Inputs, size: int) -> bool:
     return bf16
 
 
+def load_first(inputs: Inputs, source: str, device: torch.device) -> nn.Module:
+    """The policy to inspect: whole on rank 0; under FSDP other ranks read their shards alone.
+
+    Raises ConfigError on every rank.
+    """
+    whole = partial(load_policy, source, inputs.tokenizer, device, flag=inputs.policy_flag)
+    if inputs.config.parallel != "fsdp":
+        return whole()
+    model: nn.Module | None = None
+
+    def load_whole() -> None:
+        nonlocal model
+        model = whole()
+
+    distributed.together(load_whole, only_first=True)
+    return model or shards.build(source) or whole()
+
+
 def load(inputs: Inputs) -> Actor:
     """Load the models to their devices; the policy of a run that goes on is its checkpoint."""
     config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
@@ -230,7 +248,7 @@ def load(inputs: Inputs) -> Actor:
     # a device that takes a shard may be too small for the whole model
     load_device = torch.device("cpu") if sharded else device
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
-    model = load_policy(source, tokenizer, load_device, flag=inputs.policy_flag)
+    model = load_first(inputs, source, load_device)
     size = sum(w.numel() for w in model.parameters())
     bf16 = choose_precision(inputs, size)
     verdict = distributed.together(lambda: inspect(inputs, model, source), only_first=True)
@@ -241,17 +259,24 @@ def load(inputs: Inputs) -> Actor:
 
     def scorer_of(model: nn.Module) -> Scorer:
         sampled = (config.temperature, ends, config.min_new_tokens)
-        return Scorer(model, verdict.plain, *sampled, verdict.shares_prompt).to(load_device)
+        scorer = Scorer(model, verdict.plain, *sampled, verdict.shares_prompt)
+        return scorer if sharded else scorer.to(device)
 
+    host = offload.chosen(config, device)
     scorer = scorer_of(model)
     # wrapped before the reference is loaded: a rank then never holds two whole models
-    wrapped = distributed.wrap(scorer, device, config.parallel, bf16)
+    wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
+    shards.read(scorer, source)
     reference = None
     if config.initial_policy_kl_penalty > 0:
         half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
         dtype = torch.bfloat16 if half else torch.float32
-        frozen = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
-        reference = distributed.wrap(scorer_of(frozen), device, config.parallel, bf16)
+        initial = shards.build(inputs.policy) if sharded else None
+        if initial is None:
+            initial = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
+        frozen = scorer_of(initial.requires_grad_(False))
+        reference = distributed.wrap(frozen, device, config.parallel, bf16, host.reference)
+        shards.read(frozen, inputs.policy)
     training, validation = samplings(config, tokenizer, ends)
     if distributed.rank() == 0:
         print_setting(inputs, source, size, bf16)
@@ -268,6 +293,8 @@ def load(inputs: Inputs) -> Actor:
         device=device,
         bf16=bf16,
         refusals=Refusals(config.skip_refused),
+        adamw=offload.adamw(device, host.optimizer and not sharded),
+        idle=offload.idle(reference, device, host.reference and not sharded),
     )
 
 

@@ -1,0 +1,67 @@
+"""A model of which a rank reads its own shards alone, as slices of the safetensors files.
+
+    build   the model, its parameters on the meta device, where they have no memory
+            (then `distributed.wrap` cuts them into shards)
+    read    memory for this rank's shards, and their values from the files
+
+That works where the files hold the model's parameters by name and shape, as `save_pretrained`
+writes them. A checkpoint that transformers renames or merges, and one that is no folder, is loaded
+whole instead.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from reinforce.head import give_float32_logits
+from reinforce.logprobs import Scorer
+from reinforce.policy import without_dropout
+from reinforce.run import distributed
+
+
+def build(name: str) -> nn.Module | None:
+    """The model of a folder without its weights; None if it must be loaded whole."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    if not files:
+        return None
+    with _parameters_on_meta():
+        config = AutoConfig.from_pretrained(name)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    needed = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+    stored = dict[str, list[int]]()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            stored |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    buffers = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False))
+    if stored != needed or buffers:
+        return None
+    return give_float32_logits(without_dropout(model))
+
+
+def read(scorer: Scorer, name: str) -> None:
+    """Read this rank's shards of a model of `build`; one that was loaded whole stays as it is."""
+    if next(scorer.parameters()).is_meta:
+        distributed.read_shards(scorer, dict(scorer.model.named_parameters()), name)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """A block in which new parameters have no memory; buffers (tables of angles) are computed."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    cast(Any, nn.Module).register_parameter = on_meta
+    try:
+        yield
+    finally:
+        cast(Any, nn.Module).register_parameter = register
