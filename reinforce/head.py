@@ -32,11 +32,17 @@ class _HalfProduct(torch.autograd.Function):
 def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
     """The head as a function, states (..., H) -> logits (..., V) float32.
 
-    The weight is cast once, for all calls of that function.
+    The weight is cast once, for all calls of that function. A head that is cut over several ranks
+    gathers its logits by itself.
     """
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or hasattr(head.weight, "full_tensor"):
         return lambda states: cast(Tensor, head(states)).float()
-    weight, bias, device = head.weight, head.bias, head.weight.device.type
+    return linear(head.weight, head.bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`float32_product` of a weight (V, H) and a bias (V,)."""
+    device = weight.device.type
     half = _on_gpu(weight) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False):
         weight = weight.bfloat16() if half else weight.float()  # (V, H)

@@ -55,6 +55,7 @@ SOFT = frozenset(
         "val_rollout_micro_batch_size",
         "gradient_checkpointing",
         "parallel",
+        "tensor_model_parallel_size",
         "device",
         "deterministic",
     )
