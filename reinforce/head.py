@@ -55,15 +55,21 @@ def _rounded_operands() -> Iterator[None]:
 def float32_product(head: nn.Module) -> Callable[[Tensor], Tensor]:
     """The head as a function, states (..., H) -> logits (..., V) float32.
 
-    The weight is cast once, for all calls of that function.
+    The weight is cast once, for all calls of that function. A head that is cut over several ranks
+    gathers its logits by itself.
     """
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or hasattr(head.weight, "full_tensor"):
         return lambda states: cast(Tensor, head(states)).float()
-    device = head.weight.device.type
+    return linear(head.weight, head.bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`float32_product` of a weight (V, H) and a bias (V,)."""
+    device = weight.device.type
     half = torch.is_autocast_enabled(device)
-    dtype = torch.bfloat16 if half and _on_gpu(head.weight) else torch.float32
+    dtype = torch.bfloat16 if half and _on_gpu(weight) else torch.float32
     with torch.autocast(device, enabled=False):
-        weight, bias = head.weight.to(dtype), head.bias  # (V, H), (V,)
+        weight = weight.to(dtype)  # (V, H)
 
     def product(states: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):

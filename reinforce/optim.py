@@ -4,10 +4,11 @@ See "Decoupled Weight Decay Regularization", Loshchilov and Hutter (2017, arXiv 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def adamw(
@@ -22,11 +23,22 @@ def adamw(
     `kind` is AdamW, or a class that differs from it in where it keeps its averages.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+    groups = [{"params": some, "weight_decay": weight_decay} for some in alike(matrices)]
+    groups += [{"params": some, "weight_decay": 0.0} for some in alike(vectors)]
     return kind(groups, lr=lr, betas=betas, fused=True)
+
+
+def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of those that are cut over the ranks in the same way.
+
+    One list where nothing is cut, or everything alike. Kernels for many tensors take no mixture.
+    """
+    lists: dict[object, list[nn.Parameter]] = {}
+    for p in parameters:
+        layout = (getattr(p, "device_mesh", None), getattr(p, "placements", None))
+        lists.setdefault(layout, []).append(p)
+    return list(lists.values())
 
 
 def learning_rate(
@@ -53,8 +65,18 @@ def clip(model: nn.Module, max_norm: float) -> float:
 
     Of a sharded model every rank must call this.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    lists = alike(p for p in model.parameters() if p.grad is not None)
+    norms = [_length(some) for some in lists]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for some in lists:
+        nn.utils.clip_grads_with_norm_(some, max_norm or math.inf, norm)
+    return float(norm)
+
+
+def _length(parameters: list[nn.Parameter]) -> Tensor:
+    """Length of the gradient of parameters that are cut alike, each element counted once."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

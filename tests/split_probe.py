@@ -68,7 +68,7 @@ def measure(name, flags, policy, tokenizer):
              "num_rollouts_per_prompt": K, **flags}  # fmt: skip
     config = TrainConfig(**flags).filled()
     device = torch.device("cpu")
-    distributed.start(device, alone=config.parallel == "fsdp")
+    distributed.start(device, alone=config.parallel == "fsdp", tensor_parallel=config.tensor_model_parallel_size)
     inputs = Inputs(
         config, device, Start(), policy, "--policy", tokenizer, (tokenizer.eos_token_id,), Data(prompts(tokenizer), [], 1, 0), None
     )
@@ -107,9 +107,9 @@ def measure(name, flags, policy, tokenizer):
     return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
 
 
-def main(folder):
+def main(folder, variants=VARIANTS):
     tokenizer = toy.make_tokenizer()
-    found = {name: measure(name, flags, str(folder / "policy"), tokenizer) for name, flags in VARIANTS.items()}
+    found = {name: measure(name, flags, str(folder / "policy"), tokenizer) for name, flags in variants.items()}
     if distributed.rank() == 0:
         torch.save(found, folder / f"world-{distributed.world_size()}.pt")
     distributed.stop()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ class Actor:
         for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text):
             texts = request["completions"]
             try:
-                values, answers = rewards_but_refused(self.client, request, most - len(refused))
+                asked = partial(rewards_but_refused, self.client, request, most - len(refused))
+                values, answers = distributed.once_a_team(asked)
             except RefusedError as error:
                 if error.index is None:
                     raise

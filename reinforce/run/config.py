@@ -44,7 +44,7 @@ POSITIVE = """
     num_rollout_samples num_rollouts_per_prompt micro_batch_size micro_batch_tokens
     rollout_micro_batch_size forward_micro_batch_size val_rollout_micro_batch_size
     max_new_tokens max_prompt_length temperature val_temperature lr
-    max_epochs max_steps val_check_interval save_interval
+    max_epochs max_steps val_check_interval save_interval tensor_model_parallel_size
 """.split()  # noqa: SIM905
 NOT_NEGATIVE = """
     initial_policy_kl_penalty rm_wait min_new_tokens warmup_steps constant_steps
@@ -313,6 +313,12 @@ class TrainConfig:
         False,
         "hardware",
         "keep AdamW's averages in the host's memory; under --parallel fsdp the weights as well",
+    )
+    tensor_model_parallel_size: int = flag(
+        1,
+        "hardware",
+        "processes that hold one model together, each some heads of every layer; "
+        "--parallel splits over what is left",
     )
     gradient_checkpointing: bool = flag(
         False,

@@ -6,8 +6,11 @@ from all rows, and gets the same numbers. Parameters are copied to every rank (D
 shards and gathered block by block (FSDP2). In one process without torchrun all verbs but those of
 FSDP do nothing.
 
+With tensor parallelism a team of M ranks holds one model (tensor_parallel.py): prompts are dealt to
+teams, and the ranks of a team do the same with them.
+
 See "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", Zhao et al. (2023, arXiv
-2304.11277). Left out: tensor and pipeline parallelism.
+2304.11277). Left out: pipeline parallelism.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -33,7 +36,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce.errors import ConfigError, FailedError, RetryError
@@ -42,6 +45,9 @@ from reinforce.policy import blocks
 T = TypeVar("T")
 # how long the ranks wait for one that hangs; longer than the total deadline of the reward client
 TIMEOUT = timedelta(minutes=30)
+# ranks as (teams, 1, ranks of a team), made by `start`; None where each team is one rank
+_mesh: DeviceMesh | None = None
+_AXES = ("shard", "one", "tensor")
 
 
 def rank() -> int:
@@ -54,11 +60,36 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device, alone: bool) -> None:
-    """Join the other ranks; with `alone`, make a group of this process if it is the only one.
+def team_mesh() -> DeviceMesh | None:
+    """The ranks of this rank's team, which hold one model; None where the team is one rank."""
+    return None if _mesh is None else _mesh["tensor"]
 
-    Gloo carries objects and tensors on the CPU, NCCL carries tensors on a GPU.
+
+def team_size() -> int:
+    """M, the number of ranks that hold one model."""
+    return 1 if _mesh is None else _mesh["tensor"].size()
+
+
+def teams() -> int:
+    """Number of teams: each has a part of the prompts."""
+    return world_size() // team_size()
+
+
+def start(device: torch.device, alone: bool, tensor_parallel: int = 1) -> None:
+    """Join the other ranks, in teams of `tensor_parallel` neighbours.
+
+    With `alone`, make a group of this process if it is the only one. Gloo carries objects and
+    tensors on the CPU, NCCL carries tensors on a GPU.
     """
+    global _mesh
+    _join(device, alone)
+    _mesh = None
+    if tensor_parallel > 1:
+        shape, names = (world_size() // tensor_parallel, 1, tensor_parallel), _AXES
+        _mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def _join(device: torch.device, alone: bool) -> None:
     if dist.is_initialized() or (world_size() == 1 and not alone):
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -102,14 +133,14 @@ def lost(error: BaseException) -> bool:
 
 
 def deal(items: Sequence[T]) -> list[T]:
-    """This rank's share of the items, round-robin."""
-    return list(items[rank() :: world_size()])
+    """This team's share of the items, round-robin."""
+    return list(items[rank() // team_size() :: teams()])
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """Undo `deal` on every rank: the items of all ranks, in the order before dealing.
+    """Undo `deal` on every rank: the items of all teams, in the order before dealing.
 
-    A rank gives one item for each dealt one.
+    A rank gives one item for each dealt one, the same ones as the others of its team.
     """
     if world_size() == 1:
         return list(items)
@@ -117,8 +148,8 @@ def gather(items: Sequence[T]) -> list[T]:
 
 
 def deal_rows(tensor: Tensor) -> Tensor:
-    """`deal` for a tensor with one row an item: (P, ...) -> (p, ...), the rows of this rank."""
-    return tensor[rank() :: world_size()]
+    """`deal` for a tensor with one row an item: (P, ...) -> (p, ...), the rows of this team."""
+    return tensor[rank() // team_size() :: teams()]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -129,10 +160,33 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def _in_order(part: Any) -> list[Any]:
-    """The dealt items of all ranks in the order before dealing; `part` is a list or a tensor."""
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, part)
+    """The dealt items of all teams in the order before dealing; `part` is a list or a tensor."""
+    parts = of_all(part)[:: team_size()]
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def of_all(item: T) -> list[T]:
+    """One item of each rank, on every rank."""
+    items: list[Any] = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def once_a_team(work: Callable[[], T]) -> T:
+    """Call `work` on the first rank of each team; the others get its result, or its error."""
+    if _mesh is None:
+        return work()
+    outcome: list[Any] = [None, None]
+    if _mesh.get_local_rank("tensor") == 0:
+        try:
+            outcome[0] = work()
+        except (ConfigError, RetryError, FailedError) as raised:
+            outcome[1] = raised
+    dist.broadcast_object_list(outcome, group=_mesh.get_group("tensor"), group_src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
 
 
 def together(work: Callable[[], T], only_first: bool = False) -> T:
@@ -153,7 +207,7 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
         dist.broadcast_object_list(outcome, src=0)
         result, error = outcome
     elif world_size() > 1:
-        error = next((e for e in gather([error]) if e is not None), None)
+        error = next((e for e in of_all(error) if e is not None), None)
     if error is not None:
         raise error
     return cast(T, result)
@@ -172,11 +226,17 @@ def wrap(
                      bf16 the gathered blocks are bfloat16. The optimizer sees the float32 shards.
                      With on_host the shards, their gradients and the optimizer's step are on the
                      host, and the device has what is gathered.
+    In teams both act on the shards of a rank, between ranks that have the same one: "ddp" is
+    FSDP2's replication there, since DDP takes no parameter that is a shard.
     """
-    if parallel == "fsdp":
-        mesh = init_device_mesh(device.type, (world_size(),))
+    trained = any(p.requires_grad for p in scorer.parameters())
+    if parallel == "fsdp" or (_mesh is not None and teams() > 1 and trained):
+        if _mesh is None:
+            mesh = init_device_mesh(device.type, (world_size(),))
+        else:
+            mesh = _mesh["shard"] if parallel == "fsdp" else _mesh["shard", "one"]
         policy = MixedPrecisionPolicy()
-        if bf16:
+        if bf16 and parallel == "fsdp":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         shards = OffloadPolicy()
         if on_host:
@@ -187,7 +247,7 @@ def wrap(
         fully_shard(scorer, mesh=mesh, offload_policy=shards)
         register_fsdp_forward_method(scorer, "decode")
         return scorer
-    if world_size() == 1 or not any(p.requires_grad for p in scorer.parameters()):
+    if teams() == 1 or not trained:
         return scorer
     ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(scorer, device_ids=ids, gradient_as_bucket_view=True)
@@ -233,7 +293,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 def gather_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this rank may hold a shard. Every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # FSDP2 has cut the shards of a team again, so they are put together in the reverse order
+    across = [Replicate()] * (tensor.device_mesh.ndim - 1)
+    return tensor.redistribute(placements=[*across, tensor.placements[-1]]).full_tensor()
 
 
 def shard_like(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -255,11 +319,11 @@ def in_step(parts: list[list[int]]) -> list[list[int]]:
 
 
 def backward(loss: Tensor) -> None:
-    """Add the gradient of the sum of the losses of all ranks.
+    """Add the gradient of the sum of the losses of all teams.
 
-    DDP and FSDP average over the ranks. The factor undoes that.
+    DDP and FSDP average over the teams. The factor undoes that.
     """
-    (loss * world_size()).backward()
+    (loss * teams()).backward()
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:

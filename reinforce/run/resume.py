@@ -57,6 +57,7 @@ SOFT = frozenset(
         "parallel",
         "offload_reference",
         "offload_optimizer",
+        "tensor_model_parallel_size",
         "device",
         "deterministic",
     )

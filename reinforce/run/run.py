@@ -193,7 +193,7 @@ class Run:
         self._refused = self._actor.refusals.total
         self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
         self._done = made.number + 1
-        reasons = distributed.gather([self._stop.reason])
+        reasons = distributed.of_all(self._stop.reason)
         self._stopped = next((reason for reason in reasons if reason), None)
 
     def _groups(self, made: Step) -> list[Group]:

@@ -34,7 +34,16 @@ from reinforce.policy import (
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import allocator, checkpoint, distributed, first_reward, offload, resume, shards
+from reinforce.run import (
+    allocator,
+    checkpoint,
+    distributed,
+    first_reward,
+    offload,
+    resume,
+    shards,
+    tensor_parallel,
+)
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
@@ -90,7 +99,7 @@ def load_prompts(
 
 def refuse_short_last_step(config: TrainConfig, count: int) -> None:
     """Raise ConfigError if the last step of an epoch of `count` prompts has fewer than ranks."""
-    world, per_step = distributed.world_size(), config.num_rollout_samples
+    world, per_step = distributed.teams(), config.num_rollout_samples
     full_steps, left = divmod(count, per_step)
     reached = config.max_steps is None or config.max_steps > full_steps
     if 0 < left < world and reached:
@@ -119,7 +128,9 @@ def begin(config: TrainConfig) -> Begun:
             "on several nodes give --policy, --train-data and --rm-host/--rm-port: "
             "the toy's server is local"
         )
-    world = distributed.world_size()
+    team = config.tensor_model_parallel_size
+    tensor_parallel.refuse_ranks(team, distributed.world_size())
+    world = distributed.world_size() // team
     if config.num_rollout_samples < world:
         raise ConfigError(
             f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the "
@@ -127,7 +138,7 @@ def begin(config: TrainConfig) -> Begun:
         )
     if config.deterministic:
         devices.only_deterministic()
-    distributed.start(device, alone=config.parallel == "fsdp")
+    distributed.start(device, alone=config.parallel == "fsdp", tensor_parallel=team)
     k = config.num_rollouts_per_prompt
     distributed.together(lambda: own_baseline.check(config.baseline, k))
     run = None if config.log_dir is None else Path(config.log_dir)
@@ -160,7 +171,8 @@ def check(
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
     client.connect(config.rm_wait)
 
-    read_config(policy, policy_flag)
+    team = config.tensor_model_parallel_size
+    tensor_parallel.refuse_policy(read_config(policy, policy_flag), team, f"{policy_flag} {policy}")
     tokenizer = load_tokenizer(policy, policy_flag)
     ends = end_tokens(policy, tokenizer, policy_flag)
     prompts = load_prompts(config, tokenizer, records, policy, data_flag, begun.start.date)
@@ -211,7 +223,7 @@ def choose_precision(inputs: Inputs, size: int) -> bool:
     Raises ConfigError if --precision differs from that of a run that goes on.
     """
     config, before = inputs.config, inputs.start.bf16
-    bf16 = all(distributed.gather([devices.use_bf16(config.precision, inputs.device, size)]))
+    bf16 = all(distributed.of_all(devices.use_bf16(config.precision, inputs.device, size)))
     if before is None:
         return bf16
     if config.precision == "auto":
@@ -228,7 +240,8 @@ def load_first(inputs: Inputs, source: str, device: torch.device) -> nn.Module:
     Raises ConfigError on every rank.
     """
     whole = partial(load_policy, source, inputs.tokenizer, device, flag=inputs.policy_flag)
-    if inputs.config.parallel != "fsdp":
+    team = inputs.config.tensor_model_parallel_size
+    if inputs.config.parallel != "fsdp" or team > 1:
         return whole()
     model: nn.Module | None = None
 
@@ -245,8 +258,9 @@ def load(inputs: Inputs) -> Actor:
     config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
     allocator.keep_freed_memory()
     sharded = config.parallel == "fsdp"
+    team = config.tensor_model_parallel_size
     # a device that takes a shard may be too small for the whole model
-    load_device = torch.device("cpu") if sharded else device
+    load_device = torch.device("cpu") if sharded or team > 1 else device
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
     model = load_first(inputs, source, load_device)
     size = sum(w.numel() for w in model.parameters())
@@ -256,11 +270,12 @@ def load(inputs: Inputs) -> Actor:
         weight.requires_grad_(weight.requires_grad and name not in verdict.unused)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
+    tensor_parallel.shard(model, device)
 
     def scorer_of(model: nn.Module) -> Scorer:
         sampled = (config.temperature, ends, config.min_new_tokens)
         scorer = Scorer(model, verdict.plain, *sampled, verdict.shares_prompt)
-        return scorer if sharded else scorer.to(device)
+        return scorer.to(device) if team > 1 or not sharded else scorer
 
     host = offload.chosen(config, device)
     scorer = scorer_of(model)
@@ -269,12 +284,14 @@ def load(inputs: Inputs) -> Actor:
     shards.read(scorer, source)
     reference = None
     if config.initial_policy_kl_penalty > 0:
-        half = bf16 and not sharded  # FSDP casts by itself, and wants one type in a block
+        # FSDP casts by itself, and wants one type in a block; between teams a bias is not cast
+        half = bf16 and not sharded and team == 1
         dtype = torch.bfloat16 if half else torch.float32
-        initial = shards.build(inputs.policy) if sharded else None
+        initial = shards.build(inputs.policy) if sharded and team == 1 else None
         if initial is None:
             initial = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
-        frozen = scorer_of(initial.requires_grad_(False))
+        tensor_parallel.shard(initial.requires_grad_(False), device)
+        frozen = scorer_of(initial)
         reference = distributed.wrap(frozen, device, config.parallel, bf16, host.reference)
         shards.read(frozen, inputs.policy)
     training, validation = samplings(config, tokenizer, ends)
@@ -326,7 +343,9 @@ def print_setting(inputs: Inputs, source: str, size: int, bf16: bool) -> None:
     config = inputs.config
     precision = "bf16" if bf16 else "fp32"
     fsdp = " (fsdp)" if config.parallel == "fsdp" else ""
-    ranks = f"{distributed.world_size()} ranks{fsdp}"
+    team = config.tensor_model_parallel_size
+    teams = f", {team} to a model" if team > 1 else ""
+    ranks = f"{distributed.world_size()} ranks{fsdp}{teams}"
     print(f"device {inputs.device} · {precision} · {torch.get_num_threads()} threads · {ranks}")
     name = os.path.relpath(source) if Path(source).is_dir() else source
     prompts = f"{len(inputs.data.prompts)} prompts"

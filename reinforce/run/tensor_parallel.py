@@ -1,0 +1,111 @@
+"""Tensor parallelism: a team of M ranks holds one model, each rank some heads of every layer.
+
+transformers' own plan says how each weight is cut (the rows of a query projection, the columns of
+an output projection, the rows of the embedding). All ranks of a team see the same tokens and hold
+the same hidden states. The logits are gathered, so a team draws the same tokens from the same
+coins. A weight without a rule, a norm's, is whole on every rank.
+
+See "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism", Shoeybi
+et al. (2019, arXiv 1909.08053). Left out: sequence parallelism.
+"""
+
+import functools
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from reinforce.errors import ConfigError
+from reinforce.head import linear
+from reinforce.run import distributed
+
+FLAG = "--tensor-model-parallel-size"
+OLDEST = (5, 23)  # transformers before that has no plan that can be applied to one axis of a mesh
+
+
+def refuse_ranks(size: int, ranks: int) -> None:
+    """Raise ConfigError if teams of `size` ranks cannot be made here."""
+    if size == 1:
+        return
+    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ConfigError(
+            f"{FLAG} {size} needs transformers 5.23 or newer, and this is "
+            f"{transformers.__version__}; install a newer one, or leave the flag out"
+        )
+    if ranks % size:
+        raise ConfigError(
+            f"{FLAG} {size} does not divide the {ranks} ranks; start a multiple of {size} processes"
+        )
+
+
+def refuse_policy(config: Any, size: int, where: str) -> None:
+    """Raise ConfigError if the model of this configuration cannot be cut over `size` ranks.
+
+    `where` is the policy's flag and value.
+    """
+    if size == 1:
+        return
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ConfigError(
+            f"{where}: transformers has no tensor parallel plan for a {text.model_type} model; "
+            f"leave {FLAG} out, or take --parallel fsdp"
+        )
+    heads = text.num_attention_heads
+    kinds = {"query heads": heads, "KV heads": getattr(text, "num_key_value_heads", None) or heads}
+    for kind, count in kinds.items():
+        if count % size:
+            raise ConfigError(f"{FLAG} {size} does not divide the {count} {kind} of {where}")
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, cut in place over this rank's team, on `device`; as it is where that is one rank.
+
+    Every parameter becomes a shard of itself or stays whole, under the same name.
+    """
+    mesh = distributed.team_mesh()
+    if mesh is None:
+        return model
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    hf = cast(Any, model)
+    plan, _, _ = hf._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    # a weight with two names stands in the model under the first
+    names = dict(model.named_modules()).keys() | dict(model.named_parameters()).keys()
+    apply_tensor_parallelism(model, mesh, {n: style for n, style in plan.items() if n in names})
+    hf.tie_weights()
+    for weight in model.parameters():
+        if isinstance(weight, DTensor) and weight.requires_grad:
+            # that of an embedding comes whole
+            placed = functools.partial(_placed, placements=weight.placements)
+            cast(Any, weight).register_hook(placed)
+    head = hf.get_output_embeddings()
+    if type(head) is nn.Linear and isinstance(head.weight, DTensor):
+        cast(Any, head).forward = functools.partial(_logits, head)
+    return model.to(device)
+
+
+def _placed(grad: DTensor, placements: Any) -> DTensor:
+    return grad.redistribute(placements=placements)
+
+
+def _logits(head: nn.Linear, states: Tensor) -> Tensor:
+    """states (..., H) -> logits (..., V) float32, the same on all ranks of the team.
+
+    Each rank computes those of its rows. The states' gradient is the sum over the ranks.
+    """
+    weight, bias = cast(DTensor, head.weight), cast(DTensor | None, head.bias)
+    mesh: DeviceMesh = weight.device_mesh
+    product = linear(weight.to_local(), None if bias is None else bias.to_local())
+    whole = DTensor.from_local(states, mesh, [Replicate()], run_check=False)
+    part = product(whole.to_local(grad_placements=[Partial()]))  # (..., V / M), or shorter
+    shape = torch.Size([*states.shape[:-1], weight.shape[0]])
+    stride = torch.empty(shape, device="meta").stride()
+    logits = DTensor.from_local(
+        part, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride
+    )
+    return logits.full_tensor()  # (..., V)
