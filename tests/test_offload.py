@@ -200,3 +200,42 @@ def test_on_a_cpu_the_flags_change_nothing_and_say_so(small, server_port, tmp_pa
     assert out.count("--offload-reference and --offload-optimizer: nothing to move, this run computes on the CPU\n") == 1
     assert_same(tmp_path / "flags", tmp_path / "plain")
     assert json.loads((tmp_path / "flags/config.json").read_text())["offload_optimizer"] is True
+
+
+def test_under_fsdp_pytorch_s_own_policy_makes_bitwise_the_same_run(small, server_port, stand_in, tmp_path):
+    """CPUOffloadPolicy for policy and reference, in place of the two classes: nothing of ours moves."""
+    flags = [*small_flags(small, server_port), "--parallel", "fsdp"]
+    run(flags, tmp_path / "plain", "--max-steps", 3)
+    run(flags, tmp_path / "moved", "--max-steps", 2, *BOTH)
+    run(flags, tmp_path / "moved", "--max-steps", 3, *BOTH)
+    assert_same(tmp_path / "moved", tmp_path / "plain")
+    assert not [entry for entry in stand_in if isinstance(entry, str)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is about real copies between a host and a GPU")
+def test_on_a_gpu_the_flags_change_no_bit(small, server_port, tmp_path):
+    flags = [*small_flags(small, server_port), "--device", "cuda", "--deterministic", "--max-steps", 4]
+    for precision in ("fp32", "bf16"):
+        run(flags, tmp_path / f"plain-{precision}", "--precision", precision)
+        run(flags, tmp_path / f"moved-{precision}", "--precision", precision, *BOTH)
+        assert_same(tmp_path / f"moved-{precision}", tmp_path / f"plain-{precision}")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_memory_py_counts_is_its_formula_and_the_same_activations_with_every_flag(small, bf16):
+    """On this small model activations are as large as weights; what the flags save is exact but for single numbers."""
+    from bench import memory
+
+    above = {}
+    for on_host in memory.COMBINATIONS:
+        found, model = memory.peaks(str(small / "policy"), bf16, on_host)
+        right = memory.formula(model, bf16, on_host)
+        above[on_host] = {part: found[part] - right[part] for part in right}
+        size = 4 * sum(p.numel() for p in model.parameters())
+    for part in ("sampling", "scoring", "update"):
+        assert above[True, True][part] >= 0 and abs(above[True, True][part] - above[False, False][part]) < 0.01 * size, (
+            part,
+            above,
+        )
+    assert all(0 <= gap["AdamW"] < 0.01 * size for gap in above.values()), above
