@@ -4,6 +4,7 @@ A recording stand-in takes the place of the copies, since a GPU is not always th
 Everything else is a real run. On a GPU the last test compares real runs.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from reinforce.optim import adamw, clip
 from reinforce.run import checkpoint, offload
 from reinforce.run.actor import Actor
 from reinforce.run.offload import AVERAGES, Chosen, HostAdamW, Idle, Moves
+from reinforce.text import Prompt
 
 
 class Recorder(Moves):
@@ -239,3 +241,34 @@ def test_what_memory_py_counts_is_its_formula_and_the_same_activations_with_ever
             above,
         )
     assert all(0 <= gap["AdamW"] < 0.01 * size for gap in above.values()), above
+
+
+def test_evaluation_has_one_policy_at_a_time_on_the_device(small, monkeypatch):
+    """The trained one answers, goes, and the initial one comes to score; rewards are not what this is about."""
+    from bench import memory
+    from recipes import evaluate
+
+    pair = [memory.make_actor(str(small / "policy"), False, (False, False)) for _ in range(2)]
+    initial, trained = (dataclasses.replace(actor, idle=Idle(actor.policy, Recorder())) for actor in pair)
+    log = []
+
+    def spied(verb):
+        work = getattr(Actor, verb)
+
+        def call(actor, *words, **named):
+            log.append((verb, *("initial" if a is initial else "trained" for a in (initial, trained) if a.idle._fetched)))
+            return work(actor, *words, **named)
+
+        return call
+
+    for verb in ("respond", "score"):
+        monkeypatch.setattr(Actor, verb, spied(verb))
+    monkeypatch.setattr(
+        Actor, "ask", lambda actor, prompts, out: (log.append(("reward",)), (torch.zeros(len(prompts)).double(), []))[1]
+    )
+    prompts = [Prompt(i, "the", (3, 4, 5 + i)) for i in range(3)]
+    evaluate.answer(initial, prompts, False)
+    evaluate.answer(trained, prompts, False, initial)
+    assert log[:2] == [("respond", "initial"), ("reward",)]
+    assert log[2:] == [("respond", "trained"), ("reward",), ("score", "initial")]
+    assert not initial.idle._fetched and not trained.idle._fetched
