@@ -4,6 +4,7 @@ A recording stand-in takes the place of the copies, since a GPU is not always th
 Everything else is a real run. On a GPU the last test compares real runs.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from reinforce.optim import adamw, clip
 from reinforce.run import checkpoint, offload
 from reinforce.run.actor import Actor
 from reinforce.run.offload import AVERAGES, Chosen, HostAdamW, Idle, Moves
+from reinforce.text import Prompt
 
 
 class Recorder(Moves):
@@ -200,3 +202,73 @@ def test_on_a_cpu_the_flags_change_nothing_and_say_so(small, server_port, tmp_pa
     assert out.count("--offload-reference and --offload-optimizer: nothing to move, this run computes on the CPU\n") == 1
     assert_same(tmp_path / "flags", tmp_path / "plain")
     assert json.loads((tmp_path / "flags/config.json").read_text())["offload_optimizer"] is True
+
+
+def test_under_fsdp_pytorch_s_own_policy_makes_bitwise_the_same_run(small, server_port, stand_in, tmp_path):
+    """CPUOffloadPolicy for policy and reference, in place of the two classes: nothing of ours moves."""
+    flags = [*small_flags(small, server_port), "--parallel", "fsdp"]
+    run(flags, tmp_path / "plain", "--max-steps", 3)
+    run(flags, tmp_path / "moved", "--max-steps", 2, *BOTH)
+    run(flags, tmp_path / "moved", "--max-steps", 3, *BOTH)
+    assert_same(tmp_path / "moved", tmp_path / "plain")
+    assert not [entry for entry in stand_in if isinstance(entry, str)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is about real copies between a host and a GPU")
+def test_on_a_gpu_the_flags_change_no_bit(small, server_port, tmp_path):
+    flags = [*small_flags(small, server_port), "--device", "cuda", "--deterministic", "--max-steps", 4]
+    for precision in ("fp32", "bf16"):
+        run(flags, tmp_path / f"plain-{precision}", "--precision", precision)
+        run(flags, tmp_path / f"moved-{precision}", "--precision", precision, *BOTH)
+        assert_same(tmp_path / f"moved-{precision}", tmp_path / f"plain-{precision}")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_memory_py_counts_is_its_formula_and_the_same_activations_with_every_flag(small, bf16):
+    """On this small model activations are as large as weights; what the flags save is exact but for single numbers."""
+    from bench import memory
+
+    above = {}
+    for on_host in memory.COMBINATIONS:
+        found, model = memory.peaks(str(small / "policy"), bf16, on_host)
+        right = memory.formula(model, bf16, on_host)
+        above[on_host] = {part: found[part] - right[part] for part in right}
+        size = 4 * sum(p.numel() for p in model.parameters())
+    for part in ("sampling", "scoring", "update"):
+        assert above[True, True][part] >= 0 and abs(above[True, True][part] - above[False, False][part]) < 0.01 * size, (
+            part,
+            above,
+        )
+    assert all(0 <= gap["AdamW"] < 0.01 * size for gap in above.values()), above
+
+
+def test_evaluation_has_one_policy_at_a_time_on_the_device(small, monkeypatch):
+    """The trained one answers, goes, and the initial one comes to score; rewards are not what this is about."""
+    from bench import memory
+    from recipes import evaluate
+
+    pair = [memory.make_actor(str(small / "policy"), False, (False, False)) for _ in range(2)]
+    initial, trained = (dataclasses.replace(actor, idle=Idle(actor.policy, Recorder())) for actor in pair)
+    log = []
+
+    def spied(verb):
+        work = getattr(Actor, verb)
+
+        def call(actor, *words, **named):
+            log.append((verb, *("initial" if a is initial else "trained" for a in (initial, trained) if a.idle._fetched)))
+            return work(actor, *words, **named)
+
+        return call
+
+    for verb in ("respond", "score"):
+        monkeypatch.setattr(Actor, verb, spied(verb))
+    monkeypatch.setattr(
+        Actor, "ask", lambda actor, prompts, out: (log.append(("reward",)), (torch.zeros(len(prompts)).double(), []))[1]
+    )
+    prompts = [Prompt(i, "the", (3, 4, 5 + i)) for i in range(3)]
+    evaluate.answer(initial, prompts, False)
+    evaluate.answer(trained, prompts, False, initial)
+    assert log[:2] == [("respond", "initial"), ("reward",)]
+    assert log[2:] == [("respond", "trained"), ("reward",), ("score", "initial")]
+    assert not initial.idle._fetched and not trained.idle._fetched

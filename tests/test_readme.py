@@ -4,9 +4,11 @@ A block ```bash is a command. It runs in the default suite with two steps, unles
 A block without a language right after a command is its output.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -49,6 +51,8 @@ ELSEWHERE = {
     ".venv/bin/ruff check": ".ci/run",
     "./launch.sh hh": "test_recipes.py, on pairs of its own",
     "sbatch ": "test_slurm.py, with stand-ins",
+    "torchrun --nnodes": "test_nodes.py, two agents on one machine",
+    "python bench/memory.py": "test_offload.py, on a small policy",
     "#!/usr/bin/env bash\n#SBATCH": "test_the_batch_file_of_the_docs_trains_under_slurm, below",
 }
 NOT_RUN = {"vllm serve": "neither vLLM nor lm_eval is a requirement, and the page says that they were not run"}  # no ```bash
@@ -338,7 +342,23 @@ def test_the_table_of_memory_is_its_formula():
         n = int(ranks)
         for copy, cell in zip((2, 4), gib, strict=True):
             held = max(20 / n, 16 / n + copy) if "fsdp" in flags else 20
+            if "optimizer" in flags:  # weights and gradients are on the host as well
+                held = copy + (0 if "reference" in flags else 4 / n)
             assert float(cell) == round(float(parameters.split("·")[0]) * 1e9 * held / 2**30, 1), (parameters, flags)
+
+
+def test_the_table_of_offload_is_what_memory_py_computes():
+    from bench import memory
+
+    *_, table = [t for t in tables(ROOT / "docs/scaling.md") if " no flag " in t[0]]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        memory.print_table()
+    rows = [line.split() for line in printed.getvalue().splitlines()[2:]]
+    for size, parameters, *gib in table[2:]:
+        computed = [row for row in rows if row[0] == size.strip()]
+        assert {row[1] for row in computed} == {parameters.strip()}
+        assert sorted(map(float, gib)) == sorted(float(row[-2]) for row in computed), size
 
 
 def flags_of_scripts():
@@ -358,7 +378,7 @@ OTHERS = {  # flags of programs that are not ours
     "launch.sh hh": "size base",
     "sbatch, srun": "job-name account partition output open-mode requeue signal time nodes ntasks ntasks-per-node "
     "gpus-per-node cpus-per-task het-group kill-on-bad-exit mpi",
-    "torchrun": "nnodes nproc-per-node standalone rdzv-backend rdzv-id rdzv-endpoint shutdown-timeout signals-to-handle",
+    "torchrun": "nnodes nproc-per-node standalone rdzv-backend rdzv-id rdzv-endpoint max-restarts shutdown-timeout signals-to-handle",
     "ruff format": "check",
     "lm_eval": "model tasks model_args",
     "OpenRLHF": "remote_rm_url",

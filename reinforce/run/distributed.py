@@ -17,6 +17,7 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -268,8 +269,9 @@ def read_shards(module: nn.Module, parameters: dict[str, Tensor], folder: str) -
     """
     device = cast(DTensor, next(module.parameters())).device_mesh.device_type
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-    # no_dist: each rank by itself, without a collective call
-    load(dict(parameters), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says what no_dist says: each rank reads by itself
+        load(dict(parameters), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
 
 
 @contextlib.contextmanager
