@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from conftest import metrics, small_flags, train_here
-from test_client import reply
+from test_client import INFO, reply
 
 from reinforce.run.actor import Actor
 from reinforce.run.in_flight import in_flight
@@ -38,7 +38,7 @@ def test_the_server_need_not_answer_before_the_reference_has_scored(small, serve
         return reply({"rewards": rewards, "id": post["id"]})
 
     monkeypatch.setattr(Actor, "reference_logp", noted)
-    flags = [str(word) for word in small_flags(small, server(answer).port)]
+    flags = [str(word) for word in small_flags(small, server(answer, info={**INFO, "max_texts": 64}).port)]
     at = flags.index("--val-data")
     done = train_here(*flags[:at], *flags[at + 2 :], "--max-steps", "2", "--log-dir", tmp_path / "run")
     assert done.returncode in (0, None) and not late, done.stdout

@@ -272,3 +272,10 @@ def test_evaluation_has_one_policy_at_a_time_on_the_device(small, monkeypatch):
     assert log[:2] == [("respond", "initial"), ("reward",)]
     assert log[2:] == [("respond", "trained"), ("reward",), ("score", "initial")]
     assert not initial.idle._fetched and not trained.idle._fetched
+
+
+def test_offload_and_tensor_parallelism_are_refused_together():
+    from conftest import train_here
+
+    done = train_here("--offload-reference", "--tensor-model-parallel-size", "2")
+    assert done.returncode == 2 and "leave out one or the other" in done.stdout and len(done.stdout.splitlines()) == 1

@@ -411,6 +411,12 @@ class TrainConfig:
             raise ConfigError("--resume must: give the run to go on with as --log-dir")
         if "" in self.end_strings:
             raise ConfigError("--end-strings: an empty string would end every response at once")
+        offloads = self.offload_reference or self.offload_optimizer
+        if self.tensor_model_parallel_size > 1 and offloads:
+            raise ConfigError(
+                "--offload-reference and --offload-optimizer move whole models, not those of "
+                "--tensor-model-parallel-size: leave out one or the other"
+            )
         given = {
             "--policy": self.policy,
             "--train-data": self.train_data,
