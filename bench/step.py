@@ -4,7 +4,7 @@
     python bench/step.py --policy cache/smollm2/policy --case forced
 
 Both sides have the same model, prompts, K = 4, lengths, reward function and threads, a learning
-rate of 0 (ours: 1e-30) and a KL penalty. Ours asks a reward server over HTTP, TRL calls the
+rate of 0 (ours: 1e-30), a KL penalty, and an allocator that keeps freed memory. Ours asks a reward server over HTTP, TRL calls the
 function in its own process. TRL runs without checkpointing, with its cache, at each per-device
 batch that divides the step, in both precisions; the fastest counts. Each measurement is a process
 of its own, whose first step is not counted. Printed are medians, peak memory, and the machine's
@@ -124,6 +124,9 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
 
+    from reinforce.run.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as train.py does
     ends: list[float] = []
     lengths: list[float] = []
 
@@ -208,6 +211,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of a process that count")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument(
+        "--precisions", nargs="+", default=["fp32", "bf16"], help="tried for each side"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[4, 8, 16], help="per-device batches tried of TRL"
+    )
+    parser.add_argument(
         "--side", nargs="*", help="one measurement: ours PRECISION PORT, or trl ..."
     )
     args = parser.parse_args()
@@ -219,13 +228,14 @@ def main() -> None:
         found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(found))
         return
-    compare(args.policy, args.case, args.steps, args.rounds)
+    compare(args)
 
 
-def compare(policy: str, case: str, steps: int, rounds: int) -> None:
+def compare(args: argparse.Namespace) -> None:
     """Find each side's fastest setting in one round, then alternate."""
     print(matrix_rate(), flush=True)
-    common = ["--policy", policy, "--case", case, "--steps", str(steps), "--side"]
+    case, rounds = args.case, args.rounds
+    common = ["--policy", args.policy, "--case", case, "--steps", str(args.steps), "--side"]
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready"
         command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", f"{__file__}:variety"]
@@ -236,8 +246,8 @@ def compare(policy: str, case: str, steps: int, rounds: int) -> None:
             while not ready.exists():
                 time.sleep(0.1)
             port = ready.read_text().split()[1]
-            settings = {"ours": [["ours", p, port] for p in ("fp32", "bf16")]}
-            settings["trl"] = [["trl", p, str(b)] for p in ("fp32", "bf16") for b in (4, 8, 16)]
+            settings = {"ours": [["ours", p, port] for p in args.precisions]}
+            settings["trl"] = [["trl", p, str(b)] for p in args.precisions for b in args.batches]
             best = {}
             for side, choices in settings.items():
                 found = {}
