@@ -4,11 +4,11 @@
     python bench/step.py --policy cache/smollm2/policy --case forced
 
 Both sides have the same model, prompts, K = 4, lengths, reward function and threads, a learning
-rate of 0 (ours: 1e-30), a KL penalty, and an allocator that keeps freed memory. Ours asks a reward server over HTTP, TRL calls the
-function in its own process. TRL runs without checkpointing, with its cache, at each per-device
-batch that divides the step, in both precisions; the fastest counts. Each measurement is a process
-of its own, whose first step is not counted. Printed are medians, peak memory, and the machine's
-matrix rate.
+rate of 0 (ours: 1e-30), a KL penalty, and an allocator that keeps freed memory. Ours asks a reward
+server over HTTP, TRL calls the function in its own process. TRL runs without checkpointing, with
+its cache, at each per-device batch that divides the step, in both precisions; the fastest counts.
+Each measurement is a process of its own, whose first step is not counted. Printed are medians, peak
+memory, and the machine's matrix rate.
 """
 
 import argparse
