@@ -237,9 +237,10 @@ def test_run_without_the_two_dashes_names_them(launch):
 
 
 @pytest.mark.parametrize("given", ["0", "two", "-1"])
-def test_a_wrong_number_of_processes_is_told(launch, given):
-    out, _ = (job := launch(NPROC=given)).communicate(timeout=20)
-    assert job.returncode == 2 and f"NPROC is '{given}'" in out
+@pytest.mark.parametrize("variable", ["NPROC", "RM_NPROC"])
+def test_a_wrong_number_of_processes_is_told(launch, variable, given):
+    out, _ = (job := launch(**{variable: given})).communicate(timeout=20)
+    assert job.returncode == 2 and f"launch.sh: {variable} is '{given}'" in out
 
 
 def without_pytorch(tmp_path):

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, metrics, script
 from test_server import call, serving
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from recipes import toy
+from reinforce.errors import ConfigError
 from reinforce.run.children import family
+from reinforce.serving.config import ServeConfig
+from reinforce.serving.reward_model import load_reward_model, query_ids, score
+from reinforce.serving.tensor_parallel import check_model, check_version
 
-TEXTS = [" ".join(["anna on the pizza in rome : the crust was superb . </s>"] * n) for n in (3, 1, 5, 2, 1, 4, 6)] + [
-    "the crust",
-    "the",
-]
-LAYOUTS = {"one": (1, []), "data": (2, ["--data-parallel"]), "tensor": (2, ["--tensor-model-parallel-size", 2]),
+WRAPPER = ROOT / "reinforce/run/torchrun.py"  # as the launcher starts it
+SENTENCE = "anna on the pizza in rome : the crust was superb . </s>"
+TEXTS = [" ".join([SENTENCE] * n) for n in (3, 1, 5, 2, 1, 4, 6)] + ["the crust", "the"]
+LAYOUTS = {"data": (2, ["--data-parallel"]), "tensor": (2, ["--tensor-model-parallel-size", 2]),
            "both": (4, ["--data-parallel", "--tensor-model-parallel-size", 2])}  # fmt: skip
 
 
@@ -140,7 +143,10 @@ def asking(address, stop):
 @pytest.mark.parametrize(("layout", "busy"), [("data", False), ("tensor", True), pytest.param("data", True, marks=pytest.mark.slow),
                                               pytest.param("tensor", False, marks=pytest.mark.slow)])  # fmt: skip
 def test_a_rank_that_is_killed_ends_the_server_with_one_sentence(layout, busy, reward_model, tmp_path):
-    with server(tmp_path, reward_model, layout) as (address, job, ranks, log):
+    with server(tmp_path, reward_model, layout, "--inference-micro-batch-size", 1) as (address, job, ranks, log):
+        assert torch.equal(scores(address)[0], torch.cat([scores(address, [text])[0] for text in TEXTS])), (
+            "of a text alone, bitwise"
+        )
         stop = threading.Event()
         threads, statuses = asking(address, stop) if busy else ([], [])
         time.sleep(0.5 * busy)
@@ -155,6 +161,96 @@ def test_a_rank_that_is_killed_ends_the_server_with_one_sentence(layout, busy, r
 
 
 def test_the_other_ranks_end_with_rank_0(reward_model, tmp_path):
-    with server(tmp_path, reward_model, "data") as (_, job, ranks, _log):
+    with server(tmp_path, reward_model, "data", "--inference-micro-batch-size", 1) as (address, job, ranks, _log):
+        found = scores(address)[0]
         os.kill(ranks[0], signal.SIGKILL)
         assert job.wait(40) != 0 and all_gone(ranks)
+    model, tokenizer = load_reward_model(str(reward_model), torch.device("cpu"))
+    one_by_one = [score(model, [query_ids(tokenizer, text)], tokenizer.pad_token_id).item() for text in TEXTS]
+    assert found.tolist() == one_by_one, "copies of a model give the bits of one process"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_a_forward_that_hangs(reward_model, tmp_path):
+    """watch.py's two minutes; torchrun then needs half a minute to kill a stopped process."""
+    with server(tmp_path, reward_model, "data", runner=[WRAPPER]) as (address, job, ranks, log):
+        os.kill(ranks[1], signal.SIGSTOP)
+        asked = threading.Thread(target=call, args=(address, "POST", "/get_reward", {"query": TEXTS}), daemon=True)
+        asked.start()
+        assert job.wait(240) != 0 and all_gone(ranks)
+        assert "serve_rm.py: a forward took over 120 s" in log.read_text()
+
+
+def test_the_end_of_torchruns_parent_ends_all_ranks(reward_model, tmp_path):
+    """As of a launcher that is killed: torchrun would serve on, and no rank would see it."""
+    (tmp_path / "parent.py").write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
+    with server(tmp_path, reward_model, "data", "--exit-with-parent", runner=[tmp_path / "parent.py", sys.executable, WRAPPER]) as (
+        _,
+        job,
+        ranks,
+        log,
+    ):
+        job.kill()
+        job.wait()
+        assert all_gone(ranks, 40), log.read_text()
+
+
+def test_the_launcher_starts_and_ends_a_server_of_several_processes(reward_model, small, tmp_path):
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [ROOT / "launch.sh", "run", "--reward-model", reward_model, "--data-parallel", "--", "--policy", small / "policy", "--train-data",
+         small / "train.jsonl", "--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8", "--max-steps", "1",
+         "--log-dir", run], env=environment(RM_NPROC=2, OMP_NUM_THREADS=1, PYTHON=sys.executable), cwd=ROOT, text=True, timeout=180,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0 and len(metrics(run)) == 1, done.stdout
+    assert (run / "server.log").read_text().startswith("serving reward_model at http://127.0.0.1:")
+    words = [Path(f"/proc/{pid}/cmdline").read_text() for pid in os.listdir("/proc") if pid.isdigit() and runs(pid)]
+    assert not [word for word in words if str(reward_model) in word and str(run) in word]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(("flags", "count", "sentence"), [
+    ({}, 2, "torchrun started 2 processes: add --data-parallel, or --tensor-model-parallel-size 2"),
+    ({"tensor_model_parallel_size": 2}, 1, "--tensor-model-parallel-size 2 does not divide the number of processes, 1"),
+    ({"tensor_model_parallel_size": 2}, 3, "--tensor-model-parallel-size 2 does not divide the number of processes, 3"),
+    ({"tensor_model_parallel_size": 2}, 4, "torchrun started 4 processes: add --data-parallel"),
+    ({"reward_fn": "x.py:f"}, 2, "--reward-fn: a function runs in one process"),
+    ({"reward_fn": "x.py:f", "data_parallel": True}, 1, "--reward-fn: a function runs in one process"),
+])  # fmt: skip
+def test_processes_without_a_task_are_refused_by_name(flags, count, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ServeConfig(**flags).check_processes(count)
+
+
+@pytest.mark.parametrize(("size", "heads"), [(3, "4 query heads"), (4, "2 key-value heads")])
+def test_a_size_that_does_not_divide_the_heads_is_refused(reward_model, size, heads):
+    with pytest.raises(ConfigError, match=f"--tensor-model-parallel-size {size} does not divide the {heads}"):
+        check_model(str(reward_model), size, torch.device("cpu"))
+
+
+def test_a_folder_that_is_missing_is_still_one_sentence():
+    with pytest.raises(ConfigError, match="--reward-model /no/where: no such folder"):
+        check_model("/no/where", 2, torch.device("cpu"))
+
+
+def test_an_older_transformers_is_refused_by_the_flag(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    with pytest.raises(ConfigError, match=r"--tensor-model-parallel-size needs transformers 5\.23 or newer, and 5\.22\.1"):
+        check_version()
+
+
+def test_a_model_without_a_plan_ends_all_ranks_with_one_sentence(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=1)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = script(WRAPPER, "--standalone", "--nproc-per-node", 2, ROOT / "serve_rm.py", "--reward-model", tmp_path,
+                  "--tensor-model-parallel-size", 2, OMP_NUM_THREADS=1)  # fmt: skip
+    (line,) = done.stdout.splitlines()
+    assert done.returncode == 2 and line.startswith(
+        "serve_rm.py: --tensor-model-parallel-size 2: transformers has no tensor-parallel plan"
+    )

@@ -42,7 +42,10 @@ class ServeConfig:
         "the day, YYYY-MM-DD, for chat templates that print one; part of the fingerprint",
     )
     inference_micro_batch_size: int = flag(
-        32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
+        32,
+        "reward",
+        "texts of one forward pass of a copy of the model; "
+        "1: a reward depends on its text alone, bitwise",
     )
 
     host: str = flag(

@@ -61,9 +61,6 @@ class Ranks:
 
     def __init__(self, sharing: int) -> None:
         """Join the others; `sharing` neighbouring ranks hold one copy of the model."""
-        if rank() > 0:  # rank 0 alone ends at a signal, and the others with it
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.sharing, self.copies = sharing, processes() // sharing
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self._texts = dist.new_group(backend="gloo", timeout=FOREVER)
@@ -75,6 +72,9 @@ class Ranks:
         ]
         for watch in self._watches:
             watch.start()
+        if rank() > 0:  # a signal ends rank 0 after its last answers, and the others with it
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def together(self, work: Callable[[], T]) -> T:
         """Call `work` on every rank. A ConfigError of any rank is raised on all of them."""

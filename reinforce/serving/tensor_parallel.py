@@ -40,13 +40,14 @@ def check_model(name: str, size: int, device: torch.device) -> None:
             f"--reward-model {name}: no config.json that transformers can read "
             f"({first_line(error)})"
         ) from error
-    if not config.base_model_tp_plan:
+    if not getattr(config, "base_model_tp_plan", None):
         raise ConfigError(
             f"{FLAG} {size}: transformers has no tensor-parallel plan for {name} "
             f"({config.model_type}); use --data-parallel alone"
         )
     heads = config.num_attention_heads
-    for kind, count in (("query", heads), ("key-value", config.num_key_value_heads or heads)):
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    for kind, count in (("query", heads), ("key-value", key_value_heads)):
         if count % size:
             raise ConfigError(f"{FLAG} {size} does not divide the {count} {kind} heads of {name}")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
