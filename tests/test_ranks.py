@@ -175,8 +175,7 @@ def test_a_rank_that_hangs_is_a_forward_that_hangs(reward_model, tmp_path):
     """watch.py's two minutes; torchrun then needs half a minute to kill a stopped process."""
     with server(tmp_path, reward_model, "data", runner=[WRAPPER]) as (address, job, ranks, log):
         os.kill(ranks[1], signal.SIGSTOP)
-        asked = threading.Thread(target=call, args=(address, "POST", "/get_reward", {"query": TEXTS}), daemon=True)
-        asked.start()
+        asking(address, threading.Event())
         assert job.wait(240) != 0 and all_gone(ranks)
         assert "serve_rm.py: a forward took over 120 s" in log.read_text()
 
@@ -242,15 +241,16 @@ def test_an_older_transformers_is_refused_by_the_flag(monkeypatch):
         check_version()
 
 
-def test_a_model_without_a_plan_ends_all_ranks_with_one_sentence(tmp_path):
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--tensor-model-parallel-size", 2], "--tensor-model-parallel-size 2: transformers has no tensor-parallel plan for"),
+    ([], "torchrun started 2 processes: add --data-parallel"),
+])  # fmt: skip
+def test_what_is_refused_ends_all_ranks_with_one_sentence_and_code_2(words, sentence, tmp_path):
     tokenizer = toy.make_tokenizer()
-    GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=1)
-    ).save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=1)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    done = script(WRAPPER, "--standalone", "--nproc-per-node", 2, ROOT / "serve_rm.py", "--reward-model", tmp_path,
-                  "--tensor-model-parallel-size", 2, OMP_NUM_THREADS=1)  # fmt: skip
+    done = script(WRAPPER, "--standalone", "--nproc-per-node", 2, ROOT / "serve_rm.py", "--reward-model", tmp_path, *words,
+                  OMP_NUM_THREADS=1)  # fmt: skip
     (line,) = done.stdout.splitlines()
-    assert done.returncode == 2 and line.startswith(
-        "serve_rm.py: --tensor-model-parallel-size 2: transformers has no tensor-parallel plan"
-    )
+    assert done.returncode == 2 and line.startswith(f"serve_rm.py: {sentence}")

@@ -49,6 +49,7 @@ ELSEWHERE = {
     ".venv/bin/ruff check": ".ci/run",
     "./launch.sh hh": "test_recipes.py, on pairs of its own",
     "sbatch ": "test_slurm.py, with stand-ins",
+    "torchrun --nproc-per-node 2 serve_rm.py": "test_ranks.py",
     "#!/usr/bin/env bash\n#SBATCH": "test_the_batch_file_of_the_docs_trains_under_slurm, below",
 }
 NOT_RUN = {"vllm serve": "neither vLLM nor lm_eval is a requirement, and the page says that they were not run"}  # no ```bash

@@ -34,8 +34,9 @@ def run() -> int:
     try:
         main()
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if not codes <= set(SAID):
+        # torchrun itself ends the other ranks by SIGTERM
+        codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
+        if not codes or not codes <= set(SAID):
             raise
         return 2 if codes == {2} else 1
     except SignalException:

@@ -18,7 +18,7 @@ from reinforce.errors import ConfigError, first_line
 from reinforce.hub import refuse_missing_path
 
 FLAG = "--tensor-model-parallel-size"
-OLDEST = "5.23"  # transformers with DistributedConfig(tp_size=...) for classifiers
+OLDEST = "5.23"  # the first with DistributedConfig(tp_size=..., dp_replicate_size=...)
 
 
 def check_version() -> None:
