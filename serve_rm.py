@@ -67,7 +67,8 @@ def serve(config: ServeConfig) -> int:
     server.token = token
     server.start()  # 503 until warm
     try:
-        with Watch(server, PARENT if config.exit_with_parent else None):
+        ends_with_parent = config.exit_with_parent or processes() > 1  # the parent is torchrun
+        with Watch(server, PARENT if ends_with_parent else None):
             ranks = Ranks(config.tensor_model_parallel_size) if processes() > 1 else None
             batcher, service = load(config, ranks)
             server.service = service

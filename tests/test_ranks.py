@@ -140,8 +140,8 @@ def asking(address, stop):
     return threads, statuses
 
 
-@pytest.mark.parametrize(("layout", "busy"), [("data", False), ("tensor", True), pytest.param("data", True, marks=pytest.mark.slow),
-                                              pytest.param("tensor", False, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("layout", "busy"), [("data", True), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("data", False), ("tensor", True), ("tensor", False)))])  # fmt: skip
 def test_a_rank_that_is_killed_ends_the_server_with_one_sentence(layout, busy, reward_model, tmp_path):
     with server(tmp_path, reward_model, layout, "--inference-micro-batch-size", 1) as (address, job, ranks, log):
         assert torch.equal(scores(address)[0], torch.cat([scores(address, [text])[0] for text in TEXTS])), (
@@ -180,6 +180,7 @@ def test_a_rank_that_hangs_is_a_forward_that_hangs(reward_model, tmp_path):
         assert "serve_rm.py: a forward took over 120 s" in log.read_text()
 
 
+@pytest.mark.slow
 def test_the_end_of_torchruns_parent_ends_all_ranks(reward_model, tmp_path):
     """As of a launcher that is killed: torchrun would serve on, and no rank would see it."""
     (tmp_path / "parent.py").write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
@@ -194,6 +195,7 @@ def test_the_end_of_torchruns_parent_ends_all_ranks(reward_model, tmp_path):
         assert all_gone(ranks, 40), log.read_text()
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_and_ends_a_server_of_several_processes(reward_model, small, tmp_path):
     run = tmp_path / "run"
     done = subprocess.run(
@@ -243,7 +245,7 @@ def test_an_older_transformers_is_refused_by_the_flag(monkeypatch):
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--tensor-model-parallel-size", 2], "--tensor-model-parallel-size 2: transformers has no tensor-parallel plan for"),
-    ([], "torchrun started 2 processes: add --data-parallel"),
+    pytest.param([], "torchrun started 2 processes: add --data-parallel", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_is_refused_ends_all_ranks_with_one_sentence_and_code_2(words, sentence, tmp_path):
     tokenizer = toy.make_tokenizer()
