@@ -3,13 +3,15 @@
     python serve_rm.py --reward-model FOLDER --port 5567
     python serve_rm.py --reward-fn rewards.py:politeness --port 5567
 
+    torchrun --nproc-per-node 2 serve_rm.py --data-parallel --reward-model FOLDER --port 5567
+
     curl -s localhost:5567/get_reward -H 'Content-Type: application/json' \\
         -d '{"query": ["a prompt and its response"]}'
 
 GET /health, /info and /metrics tell how it is. The wire format is OpenRLHF's `--remote_rm_url`. It
 answers on loopback; on any other address it wants a token. The model or the function has the main
-thread, HTTP another, and a third one ends the process after a signal or a forward that hangs. Left
-out: TLS, several models, several processes.
+thread, HTTP another, and a third one ends the process after a signal or a forward that hangs. Of
+several processes rank 0 does all this, and the others only compute. Left out: TLS, several models.
 """
 # ruff: noqa: E402
 
@@ -32,15 +34,22 @@ from reinforce.rm_connection import read_token
 from reinforce.serving.batcher import Batcher
 from reinforce.serving.body import max_body
 from reinforce.serving.config import ServeConfig
+from reinforce.serving.distributed import Ranks, processes, rank
 from reinforce.serving.gate import is_loopback
 from reinforce.serving.handler import RewardServer, Service
 from reinforce.serving.protocol import MAX_TEXTS
-from reinforce.serving.reward import load_reward
+from reinforce.serving.reward import Reward, load_reward
+from reinforce.serving.tensor_parallel import check_version
 from reinforce.serving.watch import Watch
 
 
 def serve(config: ServeConfig) -> int:
     """Bind, load, warm up, answer until a signal; the exit code. Raises ConfigError."""
+    config.check_processes(processes())
+    if config.tensor_model_parallel_size > 1:
+        check_version()
+    if rank() > 0:
+        return follow(config)
     token = read_token()
     if token is None and not is_loopback(config.host):
         raise ConfigError(
@@ -58,18 +67,44 @@ def serve(config: ServeConfig) -> int:
     server.token = token
     server.start()  # 503 until warm
     try:
-        with Watch(server, PARENT if config.exit_with_parent else None):
-            batcher, service = load(config)
+        ends_with_parent = config.exit_with_parent or processes() > 1  # the parent is torchrun
+        with Watch(server, PARENT if ends_with_parent else None):
+            ranks = Ranks(config.tensor_model_parallel_size) if processes() > 1 else None
+            batcher, service = load(config, ranks)
             server.service = service
             announce(config, server.server_port, service.reward.model)
             batcher.run()
+            if ranks is not None:
+                ranks.stop()
     finally:
         server.close()
     return 0
 
 
-def load(config: ServeConfig) -> tuple[Batcher, Service]:
+def follow(config: ServeConfig) -> int:
+    """Compute for rank 0 until that ends; the exit code. Raises ConfigError."""
+    ranks = Ranks(config.tensor_model_parallel_size)
+    ranks.follow(ranks.together(lambda: warm_reward(config)).score)
+    return 0
+
+
+def load(config: ServeConfig, ranks: Ranks | None) -> tuple[Batcher, Service]:
     """The reward, warm, and the worker that is to own it. Raises ConfigError."""
+    batch = config.inference_micro_batch_size
+    if ranks is None:
+        reward = warm_reward(config)
+        score = reward.score
+    else:
+        reward = ranks.together(lambda: warm_reward(config))
+        score, batch = ranks.over(reward.score), batch * ranks.copies
+    batcher = Batcher(score, reward.size, batch)
+    texts = min(MAX_TEXTS, 4 * config.inference_micro_batch_size)
+    most = max_body(texts, reward.max_length)
+    return batcher, Service(reward, batcher, config.reward_clip, texts, most)
+
+
+def warm_reward(config: ServeConfig) -> Reward:
+    """The reward after its first forward pass. Raises ConfigError."""
     if config.reward_model is None and config.reward_fn is None:
         from recipes import toy
 
@@ -77,10 +112,7 @@ def load(config: ServeConfig) -> tuple[Batcher, Service]:
     reward = load_reward(config)
     if reward.example is not None:
         reward.score([reward.example])
-    batcher = Batcher(reward.score, reward.size, config.inference_micro_batch_size)
-    texts = min(MAX_TEXTS, 4 * config.inference_micro_batch_size)
-    most = max_body(texts, reward.max_length)
-    return batcher, Service(reward, batcher, config.reward_clip, texts, most)
+    return reward
 
 
 def announce(config: ServeConfig, port: int, model: str) -> None:
@@ -99,6 +131,8 @@ def main() -> None:
     try:
         sys.exit(serve(parse(ServeConfig, __doc__)))
     except ConfigError as error:
+        if rank() > 0:  # its error is that of rank 0, whose exit code is the server's
+            sys.exit(0)
         print(f"serve_rm.py: {error}", file=sys.stderr)
         sys.exit(2)
 

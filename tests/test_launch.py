@@ -34,6 +34,7 @@ case "$*" in
     [ -z "${PREPARE_SLEEPS:-}" ] || { echo "$$" >"$FAKE_DIR/prepare.pid"; sleep 60; }
     echo "$FAKE_DIR/toy" ;;
   *serve_rm.py*)
+    echo "$@" >"$FAKE_DIR/server.args"
     while [ "$1" != --ready-file ]; do shift; done
     echo "$$" >"$FAKE_DIR/server.pid"
     [ -z "${SERVER_DIES:-}" ] || { sleep "$SERVER_DIES"; [ -n "${AT_START:-}" ] || { echo 127.0.0.1 9 >"$2"; sleep 1; }; exit 70; }
@@ -238,10 +239,20 @@ def test_run_without_the_two_dashes_names_them(launch):
     assert job.returncode == 2 and "the -- between the flags of serve_rm.py and those of train.py is missing" in out
 
 
+def test_a_server_of_several_processes_is_started_under_torchrun(launch, tmp_path):
+    job = launch("run", "--data-parallel", "--", "--max-steps", "3", TRAINER_CODE=0, RM_NPROC=4)
+    out, _ = job.communicate(timeout=60)
+    words = (tmp_path / "server.args").read_text().split()
+    assert job.returncode == 0 and gone(pid_of(tmp_path, "server.pid")), out
+    assert words[:4] == [str(ROOT / "reinforce/run/torchrun.py"), "--standalone", "--nproc-per-node", "4"]
+    assert words[4:7] == [str(ROOT / "serve_rm.py"), "--exit-with-parent", "--data-parallel"]
+
+
 @pytest.mark.parametrize("given", ["0", "two", "-1"])
-def test_a_wrong_number_of_processes_is_told(launch, given):
-    out, _ = (job := launch(NPROC=given)).communicate(timeout=20)
-    assert job.returncode == 2 and f"NPROC is '{given}'" in out
+@pytest.mark.parametrize("variable", ["NPROC", "RM_NPROC"])
+def test_a_wrong_number_of_processes_is_told(launch, variable, given):
+    out, _ = (job := launch(**{variable: given})).communicate(timeout=20)
+    assert job.returncode == 2 and f"launch.sh: {variable} is '{given}'" in out
 
 
 def without_pytorch(tmp_path):

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "sbatch ": "test_slurm.py, with stand-ins",
     "torchrun --nnodes": "test_nodes.py, two agents on one machine",
     "python bench/memory.py": "test_offload.py, on a small policy",
+    "torchrun --nproc-per-node 2 serve_rm.py": "test_ranks.py",
     "#!/usr/bin/env bash\n#SBATCH": "test_the_batch_file_of_the_docs_trains_under_slurm, below",
 }
 NOT_RUN = {"vllm serve": "neither vLLM nor lm_eval is a requirement, and the page says that they were not run"}  # no ```bash

@@ -62,10 +62,10 @@ def sbatch(small, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     jobs = []
 
-    def submit(*words, nodes=1):
-        env = environment(STANDIN=tmp_path, ACTOR_NODES=f"actor{nodes}", NPROC=1, SRUN_ARGS="--mpi=none --container-image=x", VIRTUAL_ENV=sys.prefix,
+    def submit(*words, nodes=1, server=(), **extra):
+        env = environment(**extra, STANDIN=tmp_path, ACTOR_NODES=f"actor{nodes}", NPROC=1, SRUN_ARGS="--mpi=none --container-image=x", VIRTUAL_ENV=sys.prefix,
                           PATH=f"{tmp_path}/bin:{sys.prefix}/bin:{os.environ['PATH']}")  # fmt: skip
-        command = ["sbatch", "--gpus-per-node=1", ":", f"--nodes={nodes}", "launch.sh", "run", "--reward-model", str(small / "reward_model"), "--",
+        command = ["sbatch", "--gpus-per-node=1", ":", f"--nodes={nodes}", "launch.sh", "run", "--reward-model", str(small / "reward_model"), *server, "--",
                    "--policy", str(small / "policy"), "--train-data", str(small / "train.jsonl"), "--num-rollout-samples", "6",
                    "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8", "--save-interval", "1", "--log-dir", str(tmp_path / "run"),
                    *map(str, words)]  # fmt: skip
@@ -161,6 +161,20 @@ def test_a_job_without_a_new_checkpoint_is_not_requeued(sbatch, tmp_path):
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 75 and "not requeued" in out, out
     assert not (tmp_path / "scontrol").exists() and not running(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_server_of_a_job_may_be_several_processes_of_its_node(sbatch, tmp_path):
+    """srun kills torchrun, and with it the ranks; the stand-in leaves the ranks, which see the end of torchrun."""
+    job = sbatch("--max-steps", 1, server=["--data-parallel"], RM_NPROC=2)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and len(metrics(tmp_path / "run")) == 1, out
+    end = time.monotonic() + 20
+    while left := running(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+    server = (tmp_path / "srun").read_text().splitlines()[0]
+    assert server.startswith("--het-group=0 --nodes=1") and "torchrun.py --standalone --nproc-per-node 2" in server
 
 
 def test_the_defects_of_the_tutorials_scripts_have_no_counterpart():

@@ -13,6 +13,8 @@
 
 SERVER FLAGS are those of serve_rm.py, TRAIN FLAGS those of train.py: --help of either lists them.
 NPROC: processes of the actor on each node (default: 1; under Slurm the GPUs of a node).
+RM_NPROC: processes of the reward server (default: 1), with --data-parallel or
+--tensor-model-parallel-size among SERVER FLAGS.
 PYTHON: a Python with PyTorch (default: the active environment's, .venv's, python3); under Slurm the
 one in the container. SRUN_ARGS: words for both sruns (container image, mounts, --mpi).
 Exit codes: 0 done, 1 failed, 2 your configuration or input, 75 run the same command again.
@@ -82,7 +84,8 @@ class Job:
         if self.hetjob:
             slurm.refuse_lone_colon(words)
             signals.as_usr1 = True
-        self.processes = processes_of(self.hetjob)
+        self.processes = processes_of("NPROC", self.hetjob.processes() if self.hetjob else "1")
+        self.server_processes = processes_of("RM_NPROC", "1")
         self.python = find_python()
         self.given_folder = value_of("--log-dir", words)
         self.server: Child | None = None
@@ -137,6 +140,9 @@ class Job:
             slurm.write_token(self.folder / "rm_token")
             srun, options = self.hetjob.srun(0), ["--host", "0.0.0.0"]
         command = self.command("serve_rm.py", *options, *flags, "--ready-file", ready)
+        if self.server_processes != "1":
+            torchrun = ["--standalone", "--nproc-per-node", self.server_processes]
+            command = self.command("reinforce/run/torchrun.py", *torchrun, *command[1:])
         with self.log.open("wb") as log:
             self.server = Child([*srun, *command], stdout=log, stderr=subprocess.STDOUT)
         while not self.is_ready(ready):
@@ -264,11 +270,11 @@ def find_python() -> str:
     )
 
 
-def processes_of(hetjob: slurm.Hetjob | None) -> str:
-    """torchrun's --nproc-per-node, from NPROC or Slurm. Raises EndedError."""
-    given = os.environ.get("NPROC") or (hetjob.processes() if hetjob else "1")
+def processes_of(variable: str, default: str) -> str:
+    """torchrun's --nproc-per-node, from a variable of the environment. Raises EndedError."""
+    given = os.environ.get(variable) or default
     if not (given.isdigit() and int(given)) and given not in ("gpu", "cpu", "auto"):
-        raise EndedError(2, f"NPROC is '{given}'; give a number of processes, or gpu")
+        raise EndedError(2, f"{variable} is '{given}'; give a number of processes, or gpu")
     return given
 
 

@@ -42,7 +42,10 @@ class ServeConfig:
         "the day, YYYY-MM-DD, for chat templates that print one; part of the fingerprint",
     )
     inference_micro_batch_size: int = flag(
-        32, "reward", "texts of one forward pass; 1: a reward depends on its text alone, bitwise"
+        32,
+        "reward",
+        "texts of one forward pass of a copy of the model; "
+        "1: a reward depends on its text alone, bitwise",
     )
 
     host: str = flag(
@@ -54,6 +57,16 @@ class ServeConfig:
     ready_file: str | None = flag(None, "server", "write host and port there once warm")
     exit_with_parent: bool = flag(False, "server", "end when the process that started it has ended")
 
+    data_parallel: bool = flag(
+        False,
+        "hardware",
+        "under torchrun: a copy of the model on each process, which scores its part of a batch",
+    )
+    tensor_model_parallel_size: int = flag(
+        1,
+        "hardware",
+        "under torchrun: split each copy of the reward model over this many processes",
+    )
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16")
@@ -63,9 +76,8 @@ class ServeConfig:
         """Raise ConfigError on the first combination that cannot work."""
         if self.reward_model is not None and self.reward_fn is not None:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
-        refuse(
-            self, positive=("reward_std", "reward_clip", "max_length", "inference_micro_batch_size")
-        )
+        positive = ("reward_std", "reward_clip", "max_length", "inference_micro_batch_size")
+        refuse(self, positive=(*positive, "tensor_model_parallel_size"))
         if self.reward_mean is not None and not math.isfinite(self.reward_mean):
             raise ConfigError(f"--reward-mean is {self.reward_mean}; it must be a finite number")
         try:
@@ -74,3 +86,23 @@ class ServeConfig:
             raise ConfigError(f"--date is {self.date!r}; it must be a day, YYYY-MM-DD") from error
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ConfigError unless the flags say what each process that torchrun starts is for."""
+        size = self.tensor_model_parallel_size
+        parallel = self.data_parallel or size > 1
+        if self.reward_fn is not None and (parallel or processes > 1):
+            raise ConfigError(
+                "--reward-fn: a function runs in one process; leave out torchrun, --data-parallel "
+                "and --tensor-model-parallel-size"
+            )
+        if processes % size:
+            raise ConfigError(
+                f"--tensor-model-parallel-size {size} does not divide the number of processes, "
+                f"{processes}: start them with torchrun --nproc-per-node {size}, or a multiple"
+            )
+        if processes > size and not self.data_parallel:
+            raise ConfigError(
+                f"torchrun started {processes} processes: add --data-parallel, or "
+                f"--tensor-model-parallel-size {processes}"
+            )

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import cached_file
 
 from reinforce import device as devices
+from reinforce.serving import distributed, tensor_parallel
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.cut import last_tokens
 from reinforce.serving.function import FunctionError, load_function
@@ -44,8 +45,12 @@ class Reward:
 
 def model_reward(config: ServeConfig, name: str) -> Reward:
     """A one-label sequence classifier from a folder or the hub. Raises ConfigError."""
-    device = devices.pick(config.device)
-    model, tokenizer = load_reward_model(name, device)
+    device = devices.pick(config.device, distributed.local_rank())
+    size, options = config.tensor_model_parallel_size, {}
+    if size > 1:
+        tensor_parallel.check_model(name, size, device)
+        options["distributed_config"] = tensor_parallel.split(size, distributed.processes() // size)
+    model, tokenizer = load_reward_model(name, device, **options)
     bf16 = devices.use_bf16(config.precision, device, sum(p.numel() for p in model.parameters()))
     hf = cast(Any, model).config
     longest = (

@@ -25,11 +25,12 @@ FLAG = "--reward-model"
 
 
 def load_reward_model(
-    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[nn.Module, Any]:
     """Model and tokenizer. Raises ConfigError, also without a trained head of one label.
 
     transformers would fill a missing head with random numbers and warn: the run would learn noise.
+    `options` go to its from_pretrained.
     """
     tokenizer = load_tokenizer(name, FLAG)
     announce(name, FLAG)
@@ -40,6 +41,7 @@ def load_reward_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except OUT_OF_MEMORY:
         raise
