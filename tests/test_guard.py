@@ -121,6 +121,15 @@ def test_a_run_with_gradient_checkpointing_samples_and_scores_the_same_policy(fl
     assert all(abs(line["logprob_gap"]) < 1e-4 and line["ratio_distance"] < 1e-6 and line["ratio_outside"] == 0 for line in lines)
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-11), ("bf16", 1e-6)])
+def test_in_each_precision_the_policy_that_is_scored_stays_near_the_one_that_was_sampled(precision, most, flags, tmp_path):
+    """`ratio_distance`, the mean of rho - 1 - log rho over a response, cannot cancel."""
+    out = train_here(*flags, "--precision", precision, "--max-steps", "2", "--log-dir", tmp_path / "run")
+    assert out.returncode == 0, out.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(0 <= line["ratio_distance"] < most for line in lines), [line["ratio_distance"] for line in lines]
+
+
 def saved(model, folder):
     model.save_pretrained(folder)
     toy.make_tokenizer().save_pretrained(folder)
