@@ -8,6 +8,7 @@ checkpoint.
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reinforce import adapter, attention
+from reinforce import adapter, attention, lora
 from reinforce.errors import ConfigError, first_line
 from reinforce.head import give_float32_logits
 from reinforce.hub import refuse_missing_path
@@ -243,11 +244,8 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
                 weight.data = weight.data.to(dtype)
 
 
-def skeleton(name: str, flag: str = "--policy") -> nn.Module:
-    """The model without weights, on the meta device: its layers and their names.
-
-    Raises ConfigError.
-    """
+def refuse_targets(name: str, targets: Sequence[str], flag: str = "--policy") -> None:
+    """Raise ConfigError if a LoRA target matches no layer of the model; no weights are loaded."""
     config = read_config(name, flag)
     try:
         with torch.device("meta"):
@@ -256,7 +254,7 @@ def skeleton(name: str, flag: str = "--policy") -> nn.Module:
         raise ConfigError(
             f"{flag} {name}: not a causal language model ({first_line(error)})"
         ) from error
-    return model
+    lora.layers(blocks(model), model, targets)
 
 
 def refuse_foreign_weights(names: list[str], where: str) -> None:

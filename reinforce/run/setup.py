@@ -31,7 +31,7 @@ from reinforce.policy import (
     load_policy,
     load_tokenizer,
     read_config,
-    skeleton,
+    refuse_targets,
     store_frozen,
 )
 from reinforce.refused import Refusals
@@ -178,8 +178,7 @@ def check(
     team = config.tensor_model_parallel_size
     tensor_parallel.refuse_policy(read_config(policy, policy_flag), team, f"{policy_flag} {policy}")
     if config.lora_rank:
-        empty = skeleton(policy, policy_flag)
-        lora.layers(blocks(empty), empty, config.lora_targets)
+        refuse_targets(policy, config.lora_targets, policy_flag)
     tokenizer = load_tokenizer(policy, policy_flag)
     ends = end_tokens(policy, tokenizer, policy_flag)
     prompts = load_prompts(config, tokenizer, records, policy, data_flag, begun.start.date)
