@@ -7,6 +7,7 @@
 An example is {"messages": [..., the assistant's answer]}, {"prompt", "completion"}, or a preference
 pair, whose chosen reply is the answer. A prompt may be text or messages. The prompt is tokenized
 without the answer, as it will be when the policy answers, and the answer ends with an end token.
+With --lora-rank adapters alone are trained, and merged before the model is saved.
 """
 
 import sys
@@ -24,13 +25,22 @@ if __name__ == "__main__":
 
 from recipes.fit import Plan, fit
 from reinforce import device as devices
+from reinforce import lora
 from reinforce.data.preferences import Messages, conversation, side
 from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.guard import head_is_plain
 from reinforce.logprobs import Scorer
-from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer, with_template
+from reinforce.policy import (
+    blocks,
+    context_length,
+    end_tokens,
+    load_policy,
+    load_tokenizer,
+    refuse_targets,
+    with_template,
+)
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.sampler import left_pad
@@ -71,6 +81,20 @@ class Config:
     batch_size: int = flag(16, "training", "examples per optimizer step")
     micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
     seed: int = flag(0, "training", "seed of the order of the examples")
+    lora_rank: int = flag(
+        0,
+        "LoRA",
+        "r, rank of the change that each adapted layer learns; 0: all weights are trained",
+    )
+    lora_alpha: float | None = flag(
+        None, "LoRA", "alpha; a layer's change is alpha / r * B A x (default: 2 r)"
+    )
+    lora_targets: tuple[str, ...] = flag(
+        (),
+        "LoRA",
+        "names of the adapted layers, say q_proj v_proj (default: all linear layers of the blocks)",
+        nargs="+",
+    )
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -82,6 +106,7 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, needed=("model", "data", "out"), positive=POSITIVE)
+        lora.check_flags(self.lora_rank, self.lora_alpha, self.lora_targets)
 
 
 def check_example(record: Any) -> Messages | tuple[str, str]:
@@ -175,6 +200,8 @@ def main() -> None:
         for name, source in sources.items()
         if source is not None
     }
+    if config.lora_rank:
+        refuse_targets(config.model, config.lora_targets, "--model")
     new_folder(config.out, "--out")
     tokenizer = load_tokenizer(config.model, "--model")
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
@@ -193,6 +220,10 @@ def main() -> None:
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")
+    if config.lora_rank:
+        adapted = lora.layers(blocks(model), model, config.lora_targets)
+        lora.add(model, adapted, config.lora_rank, config.lora_alpha, config.seed)
+        print(lora.summary(model))
     size = sum(w.numel() for w in model.parameters())
     bf16 = devices.use_bf16(config.precision, device, size)
     print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {size / 1e6:.1f}M parameters")
@@ -205,6 +236,7 @@ def main() -> None:
     if before is not None:
         after = mean_loss(model, val, pad, bf16)
         print(f"--val-data: {before:.3f} before, {after:.3f} after, on {len(val)} examples")
+    lora.merge(model)  # the folder is an ordinary one, also with LoRA
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     print(f"saved {config.out}")

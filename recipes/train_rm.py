@@ -8,7 +8,7 @@
 Any Hugging Face backbone gets a scalar head. Pairs are split by their opening message. The report
 is the share of held-out pairs that the model orders as people did, with a 95 % interval. Mean and
 deviation of the model's scores are stored in its config.json, and serve_rm.py standardises rewards
-by them.
+by them. With --lora-rank adapters and the head are trained, and merged before the model is saved.
 """
 
 import sys
@@ -26,11 +26,12 @@ if __name__ == "__main__":
 
 from recipes.fit import Plan, fit
 from recipes.intervals import wilson
+from reinforce import adapter, lora
 from reinforce import device as devices
 from reinforce.data.preferences import Preference, read_pairs, split_by_opening
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
-from reinforce.policy import context_length, load_tokenizer, with_template
+from reinforce.policy import blocks, context_length, load_tokenizer, with_template
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
@@ -79,6 +80,20 @@ class Config:
     batch_size: int = flag(16, "training", "pairs per optimizer step")
     micro_batch_tokens: int = flag(2048, "training", "tokens of one forward and backward pass")
     seed: int = flag(0, "training", "seed of the new head and of the order of the pairs")
+    lora_rank: int = flag(
+        0,
+        "LoRA",
+        "r, rank of the change that each adapted layer learns; 0: all weights are trained",
+    )
+    lora_alpha: float | None = flag(
+        None, "LoRA", "alpha; a layer's change is alpha / r * B A x (default: 2 r)"
+    )
+    lora_targets: tuple[str, ...] = flag(
+        (),
+        "LoRA",
+        "names of the adapted layers, say q_proj v_proj (default: all linear layers of the blocks)",
+        nargs="+",
+    )
     device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -90,6 +105,7 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, needed=("model", "pairs", "out"), positive=POSITIVE)
+        lora.check_flags(self.lora_rank, self.lora_alpha, self.lora_targets)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out is {self.held_out}; it must be between 0 and 1")
 
@@ -174,6 +190,17 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[Preference], max_length: int) -
     return encoded
 
 
+def add_adapters(model: nn.Module, config: Config) -> None:
+    """Train adapters of the backbone, and the new head whole. Raises ConfigError."""
+    adapted = lora.layers(blocks(model), model, config.lora_targets)
+    lora.add(model, adapted, config.lora_rank, config.lora_alpha, config.seed)
+    backbone = cast(Any, model).base_model
+    for head in model.children():
+        if head is not backbone:
+            head.requires_grad_(True)
+    print(lora.summary(model))
+
+
 def print_odd(odd: dict[str, int], flag: str) -> None:
     """Print how many pairs of a file were odd, and for what reason."""
     for reason, count in odd.items():
@@ -192,6 +219,7 @@ def main() -> None:
         test, odd = read_pairs(config.test_pairs, "--test-pairs", config.skip_bad_lines)
         print_odd(odd, "--test-pairs")
         sides = found, test
+    adapter.refuse(config.model, "--model")
     new_folder(config.out, "--out")
     tokenizer = with_template(load_tokenizer(config.model, "--model"), "--model")
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
@@ -207,6 +235,8 @@ def main() -> None:
     device = devices.pick(config.device)
     torch.manual_seed(config.seed)
     model = new_reward_model(config.model, tokenizer, device, "--model")
+    if config.lora_rank:
+        add_adapters(model, config)
     size = sum(w.numel() for w in model.parameters())
     bf16 = devices.use_bf16(config.precision, device, size)
     print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {size / 1e6:.1f}M parameters")
@@ -218,6 +248,7 @@ def main() -> None:
     low, high = wilson(accuracy * len(held_out), len(held_out))
     sequences = [sequence for pair in train[:256] for sequence in pair]
     mean, std = standardise(model, sequences, pad, bf16)
+    lora.merge(model)  # the folder is an ordinary one, also with LoRA
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     interval = f"95 % interval {low:.3f} to {high:.3f}"

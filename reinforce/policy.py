@@ -1,12 +1,14 @@
 """A causal language model, from a Hugging Face folder or hub id, ready to be sampled and scored.
 
 Dropout is off for good: the policy that is scored must be the policy that was sampled. A tokenizer
-without a pad token is no obstacle, since masks come from lengths. Left out: LoRA, quantised
-weights, and code that ships with a checkpoint.
+without a pad token is no obstacle, since masks come from lengths. An adapter's folder is opened as
+its base model with the adapter merged. Left out: quantised weights, and code that ships with a
+checkpoint.
 """
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reinforce import attention
+from reinforce import adapter, attention, lora
 from reinforce.errors import ConfigError, first_line
 from reinforce.head import give_float32_logits
 from reinforce.hub import refuse_missing_path
@@ -86,7 +88,7 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
 
     ids: set[int] = set()
     try:
-        listed = GenerationConfig.from_pretrained(name).eos_token_id
+        listed = GenerationConfig.from_pretrained(adapter.base_of(name, flag)).eos_token_id
         ids.update([listed] if isinstance(listed, int) else listed or [])
     except OSError:  # a checkpoint without generation_config.json
         pass
@@ -103,8 +105,9 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
 def read_config(name: str, flag: str = "--policy") -> Any:
     """The configuration of a causal language model. Raises ConfigError on any other model's."""
     announce(name, flag)
+    base = adapter.base_of(name, flag)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         config.get_text_config()
     except OUT_OF_MEMORY:
         raise
@@ -195,9 +198,10 @@ def load_policy(
     """
     read_config(name, flag)
     attention.use_for_models()
+    base = adapter.base_of(name, flag)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            base,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
@@ -221,13 +225,36 @@ def load_policy(
             "resize the model's embeddings"
         )
     model = give_float32_logits(without_dropout(model).to(device))
+    if base != name:
+        adapter.merge_into(model, name, flag)
     if frozen_dtype is not None:
-        model.requires_grad_(False)
-        kept = (cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings())
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module not in kept:
-                module.to(frozen_dtype)
+        store_frozen(model.requires_grad_(False), frozen_dtype)
     return model
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of frozen linear layers as autocast would cast them.
+
+    Embeddings and head stay float32, and so do adapters.
+    """
+    kept = (cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings())
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in kept:
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
+
+
+def refuse_targets(name: str, targets: Sequence[str], flag: str = "--policy") -> None:
+    """Raise ConfigError if a LoRA target matches no layer of the model; no weights are loaded."""
+    config = read_config(name, flag)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"{flag} {name}: not a causal language model ({first_line(error)})"
+        ) from error
+    lora.layers(blocks(model), model, targets)
 
 
 def refuse_foreign_weights(names: list[str], where: str) -> None:

@@ -91,6 +91,9 @@ def measure(name, flags, policy, tokenizer):
         advantage = 2 * advantage
     batch = Batch(part, advantage[own], token_weights(part.mask, "sequence") * valid[own][:, None])
     update = Update(range(len(prompts(tokenizer))), list(range(len(own))), divisor)
+    reference = None if ref_logp is None else distributed.gather_rows(ref_logp.double().sum(1).view(len(mine), K))  # (P, K)
+    trained = [p for p in actor.model.parameters() if p.requires_grad]
+    start = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained])
     calls, gradient = [], None
     block = actor.model.model.layers[0].mlp
     hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -98,13 +101,14 @@ def measure(name, flags, policy, tokenizer):
         train.backward(actor, batch, update)
         if gradient is None:
             hook.remove()
-            gradient = torch.cat([distributed.gather_tensor(p.grad).flatten() for p in actor.model.parameters()])
+            gradient = torch.cat([distributed.gather_tensor(p.grad).flatten() for p in trained])
         with torch.no_grad():
-            for p in actor.model.parameters():
+            for p in trained:
                 p -= 0.05 * p.grad
                 p.grad = None
-    end = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in actor.model.parameters()])
-    return {"tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
+    end = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained])
+    more = {"start": start, "reference": reference}
+    return {**more, "tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
 
 
 def main(folder, variants=VARIANTS):

@@ -1,7 +1,8 @@
 """A checkpoint: a Hugging Face folder `checkpoints/step-000010` from which a run goes on, bitwise.
 
     model*.safetensors, config.json,   the float32 weights, gathered from all ranks,
-        tokenizer                      tied weights once
+        tokenizer                      tied weights once; with LoRA adapter_model.safetensors and
+                                       adapter_config.json instead
     training/optimizer.safetensors     AdamW's two averages and step, by the parameter's name
     state.json                         step, validation reward, state of the baseline, precision,
                                        number of refused responses
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforce import adapter
 from reinforce.errors import ConfigError, FailedError
 from reinforce.run import distributed, offload
 
@@ -50,7 +52,8 @@ def save(
     calls it, and rank 0 writes. Raises FailedError on all ranks if rank 0 cannot write (the disk is
     full, for one); older checkpoints are then untouched.
     """
-    weights = dict(_gather_tensors(model.state_dict(keep_vars=True).items()))
+    adapted = adapter.tensors(model)  # empty without LoRA
+    weights = dict(_gather_tensors((adapted or model.state_dict(keep_vars=True)).items()))
     moments = dict(_gather_tensors(_moments(model, optimizer)))
 
     def write() -> Path:
@@ -59,7 +62,10 @@ def save(
         try:
             sweep(run)
             partial.mkdir(parents=True)
-            cast(Any, model).save_pretrained(partial, state_dict=weights)
+            if adapted:
+                adapter.write(model, partial, weights)
+            else:
+                cast(Any, model).save_pretrained(partial, state_dict=weights)
             if moments:
                 (partial / OPTIMIZER).parent.mkdir()
                 save_file(moments, partial / OPTIMIZER)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from reinforce import lora
 from reinforce.baselines import BASELINES
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, refuse
@@ -239,6 +240,21 @@ class TrainConfig:
     val_top_p: float = flag(1.0, "sampling", "probability mass kept in validation")
     val_greedy: bool = flag(False, "sampling", "take the likeliest token in validation")
 
+    lora_rank: int = flag(
+        0,
+        "LoRA",
+        "r, rank of the change that each adapted layer learns; 0: all weights are trained",
+    )
+    lora_alpha: float | None = flag(
+        None, "LoRA", "alpha; a layer's change is alpha / r * B A x (default: 2 r)"
+    )
+    lora_targets: tuple[str, ...] = flag(
+        (),
+        "LoRA",
+        "names of the adapted layers, say q_proj v_proj (default: all linear layers of the blocks)",
+        nargs="+",
+    )
+
     # None until `filled`
     lr: float = flag(
         None, "optimizer", "peak learning rate of AdamW (default: 1e-6; the toy's: 7e-4)"
@@ -347,6 +363,7 @@ class TrainConfig:
         self._check_rollouts()
         self._check_objective()
         self._check_server()
+        lora.check_flags(self.lora_rank, self.lora_alpha, self.lora_targets)
         self._check_run()
 
     def _check_rollouts(self) -> None:
@@ -416,6 +433,16 @@ class TrainConfig:
             raise ConfigError(
                 "--offload-reference and --offload-optimizer move whole models, not those of "
                 "--tensor-model-parallel-size: leave out one or the other"
+            )
+        if self.lora_rank and self.tensor_model_parallel_size > 1:
+            raise ConfigError(
+                "--lora-rank adapts whole layers, not those of --tensor-model-parallel-size: "
+                "leave out one or the other, or take --parallel fsdp"
+            )
+        if self.lora_rank and self.offload_reference:
+            raise ConfigError(
+                "--offload-reference: with --lora-rank the reference is the policy itself, its "
+                "adapters off; leave the flag out"
             )
         given = {
             "--policy": self.policy,

@@ -40,6 +40,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from reinforce import device as devices
 from reinforce.errors import ConfigError, FailedError, RetryError
 from reinforce.policy import blocks
 
@@ -257,7 +258,9 @@ def wrap(
     # of a run that goes on.
     token = torch.zeros(1, 1, dtype=torch.long, device=device)  # (1, 1)
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)  # (1, 1)
-    (0 * wrapped(token, mask, token, mask)).sum().backward()
+    with devices.autocast(device, bf16):  # weights that LoRA freezes are stored in bfloat16
+        nothing = 0 * wrapped(token, mask, token, mask).sum()
+    nothing.backward()
     scorer.zero_grad()
     return wrapped
 

@@ -164,6 +164,8 @@ def canonical(identity: dict[str, Any]) -> dict[str, Any]:
     rows = full["num_rollout_samples"] * full["num_rollouts_per_prompt"]
     full["global_batch_size"] = full["global_batch_size"] or rows
     full["min_lr"] = full["lr"] if full["min_lr"] is None else full["min_lr"]
+    full["lora_alpha"] = full["lora_alpha"] or 2.0 * full["lora_rank"]
+    full["lora_targets"] = sorted(set(full["lora_targets"]))
     return full
 
 

@@ -16,20 +16,23 @@ import torch
 import transformers
 from torch import nn
 
+from reinforce import adapter, guard, lora, own_baseline
 from reinforce import device as devices
-from reinforce import guard, own_baseline
 from reinforce.data.prompts import Data, check_record, tokenize
 from reinforce.data.records import read_records
 from reinforce.errors import ConfigError
 from reinforce.hub import refuse_missing_path
 from reinforce.logprobs import Scorer
 from reinforce.policy import (
+    blocks,
     checkpoint_blocks,
     context_length,
     end_tokens,
     load_policy,
     load_tokenizer,
     read_config,
+    refuse_targets,
+    store_frozen,
 )
 from reinforce.refused import Refusals
 from reinforce.rm_client import RewardClient
@@ -161,6 +164,7 @@ def check(
     assert policy is not None and config.train_data is not None
     assert host is not None and port is not None
     refuse_missing_path(policy, policy_flag)
+    adapter.refuse(policy, policy_flag)
     check_line = partial(check_record, prompt_key=config.prompt_key, label_key=config.label_key)
     records = {}
     for name, source in ((data_flag, config.train_data), ("--val-data", config.val_data)):
@@ -173,6 +177,8 @@ def check(
 
     team = config.tensor_model_parallel_size
     tensor_parallel.refuse_policy(read_config(policy, policy_flag), team, f"{policy_flag} {policy}")
+    if config.lora_rank:
+        refuse_targets(policy, config.lora_targets, policy_flag)
     tokenizer = load_tokenizer(policy, policy_flag)
     ends = end_tokens(policy, tokenizer, policy_flag)
     prompts = load_prompts(config, tokenizer, records, policy, data_flag, begun.start.date)
@@ -253,8 +259,20 @@ def load_first(inputs: Inputs, source: str, device: torch.device) -> nn.Module:
     return model or shards.build(source) or whole()
 
 
+def add_adapters(inputs: Inputs, model: nn.Module) -> None:
+    """Give the policy its adapters, new ones or those of a checkpoint. Raises ConfigError."""
+    config, folder = inputs.config, inputs.start.folder
+    names = lora.layers(blocks(model), model, config.lora_targets)
+    lora.add(model, names, config.lora_rank, config.lora_alpha, config.seed)
+    if folder is not None:
+        adapter.read(model, str(folder), "--log-dir")
+
+
 def load(inputs: Inputs) -> Actor:
-    """Load the models to their devices; the policy of a run that goes on is its checkpoint."""
+    """Load the models to their devices; the policy of a run that goes on is its checkpoint.
+
+    With LoRA the checkpoint has the adapters alone, and the reference is the policy without them.
+    """
     config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
     allocator.keep_freed_memory()
     sharded = config.parallel == "fsdp"
@@ -262,12 +280,20 @@ def load(inputs: Inputs) -> Actor:
     # a device that takes a shard may be too small for the whole model
     load_device = torch.device("cpu") if sharded or team > 1 else device
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
-    model = load_first(inputs, source, load_device)
+    stored = inputs.policy if config.lora_rank else source  # where the whole weights are
+    model = load_first(inputs, stored, load_device)
+    if config.lora_rank:
+        add_adapters(inputs, model)
     size = sum(w.numel() for w in model.parameters())
     bf16 = choose_precision(inputs, size)
     verdict = distributed.together(lambda: inspect(inputs, model, source), only_first=True)
     for name, weight in model.named_parameters():
         weight.requires_grad_(weight.requires_grad and name not in verdict.unused)
+    # FSDP casts by itself, and wants one type in a block; between teams a bias is not cast
+    half = bf16 and not sharded and team == 1
+    dtype = torch.bfloat16 if half else torch.float32
+    if config.lora_rank:
+        store_frozen(model, dtype)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
     tensor_parallel.shard(model, device)
@@ -281,12 +307,11 @@ def load(inputs: Inputs) -> Actor:
     scorer = scorer_of(model)
     # wrapped before the reference is loaded: a rank then never holds two whole models
     wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
-    shards.read(scorer, source)
-    reference = None
-    if config.initial_policy_kl_penalty > 0:
-        # FSDP casts by itself, and wants one type in a block; between teams a bias is not cast
-        half = bf16 and not sharded and team == 1
-        dtype = torch.bfloat16 if half else torch.float32
+    shards.read(scorer, stored)
+    reference: nn.Module | None = None
+    if config.initial_policy_kl_penalty > 0 and config.lora_rank:
+        reference = lora.Initial(scorer)
+    elif config.initial_policy_kl_penalty > 0:
         initial = shards.build(inputs.policy) if sharded and team == 1 else None
         if initial is None:
             initial = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
@@ -297,6 +322,8 @@ def load(inputs: Inputs) -> Actor:
     training, validation = samplings(config, tokenizer, ends)
     if distributed.rank() == 0:
         print_setting(inputs, source, size, bf16)
+        if config.lora_rank:
+            print(lora.summary(model))
     return Actor(
         config=config,
         tokenizer=tokenizer,

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforce.head import give_float32_logits
@@ -45,9 +45,15 @@ def build(name: str) -> nn.Module | None:
 
 
 def read(scorer: Scorer, name: str) -> None:
-    """Read this rank's shards of a model of `build`; one that was loaded whole stays as it is."""
+    """Read this rank's shards of a model of `build`; one that was loaded whole stays as it is.
+
+    So do adapters, which have their values.
+    """
     if next(scorer.parameters()).is_meta:
-        distributed.read_shards(scorer, dict(scorer.model.named_parameters()), name)
+        stored: dict[str, Tensor] = {
+            key: p for key, p in scorer.model.named_parameters() if p.is_meta
+        }
+        distributed.read_shards(scorer, stored, name)
 
 
 @contextlib.contextmanager
