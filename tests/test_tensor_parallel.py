@@ -1,11 +1,18 @@
 """A team of two ranks holds one model: sampled tokens and gradients are those of one process."""
 
+from unittest import mock
+
 import pytest
 import split_probe
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, torchrun, train_here
 from tensor_probe import VARIANTS
+from test_resume import assert_same, untimed
 from test_split import errors, initial
+from transformers import GPT2Config, LlamaConfig
+
+from reinforce.errors import ConfigError
+from reinforce.run import checkpoint, tensor_parallel
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -24,3 +31,81 @@ def test_a_team_samples_the_tokens_and_takes_the_gradient_of_one_process(small, 
             assert 1e-4 < gradient <= 5e-2
         else:
             assert found[variant]["tokens"] == right["tokens"] and gradient <= 1e-5 and moved <= 1e-3
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_norm_and_clipped_gradient_are_those_of_one_process(tmp_path, ranks):
+    """Models with biases, with tied and untied heads, and 51 tokens, of which no rank has as many as another."""
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, ROOT / "tests/team_probe.py", tmp_path,
+                 OMP_NUM_THREADS=1)  # fmt: skip
+    assert out.returncode == 0 and (tmp_path / "ok").exists(), out.stdout
+    assert "redistributing" not in out.stdout, "a warning that a user can do nothing about"
+
+
+SIZE = ("--tensor-model-parallel-size", "2")
+
+
+def test_a_size_that_the_ranks_or_the_model_cannot_have_is_refused_in_one_sentence(flags):
+    for size, told in (
+        (2, "does not divide the 1 ranks; start a multiple of 2"),
+        (0, "it must be positive"),
+        (-2, "it must be positive"),
+    ):
+        out = train_here(*flags, "--tensor-model-parallel-size", size)
+        assert out.returncode == 2 and told in out.stdout and "Traceback" not in out.stdout, out.stdout
+    for config, told in (
+        (LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3), "--tensor-model-parallel-size 2 does not divide the 9 query heads of --policy X"),
+        (LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=1), "does not divide the 1 KV heads"),
+        (GPT2Config(), "no tensor parallel plan for a gpt2 model"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=told):
+            tensor_parallel.refuse_policy(config, 2, "--policy X")
+        tensor_parallel.refuse_policy(config, 1, "--policy X")
+    tensor_parallel.refuse_policy(LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3), 3, "--policy X")
+    with mock.patch("transformers.__version__", "5.22.0"), pytest.raises(ConfigError, match=r"needs transformers 5\.23"):
+        tensor_parallel.refuse_ranks(2, 2)
+
+
+DIES = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+finished = train.Run.finished
+def dies(run, made):
+    finished(run, made)
+    if made.number == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Run.finished = dies
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(2,), (4,), (4, "--parallel", "fsdp")])
+def test_a_killed_team_goes_on_bitwise(flags, tmp_path, how):
+    """Rank 1 gets SIGKILL after the fourth step; the run goes on from the checkpoint of the third."""
+    ranks, *parallel = how
+    words = [*flags, *SIZE, *parallel, "--max-steps", "6", "--max-epochs", "9", "--save-interval", "3", "--log-dir"]
+    assert torchrun(ranks, *words, tmp_path / "whole").returncode == 0
+    (tmp_path / "dies.py").write_text(DIES)
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, tmp_path / "dies.py", *words, tmp_path / "run",
+                 OMP_NUM_THREADS=1)  # fmt: skip
+    assert out.returncode != 0 and [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-000003"], out.stdout
+    out = torchrun(ranks, *words, tmp_path / "run")
+    assert out.returncode == 0 and "going on after step 3 of 6" in out.stdout, out.stdout
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_team_to_one_process_and_to_fsdp(flags, tmp_path):
+    words = [*flags, "--max-epochs", "9", "--save-interval", "2"]
+    whole, run = ["--log-dir", tmp_path / "whole"], ["--log-dir", tmp_path / "run"]
+    assert train_here(*words, *whole, "--max-steps", "8").returncode == 0
+    teams = (4, *SIZE, "--parallel", "fsdp"), (2, *SIZE), (1,), (2, "--parallel", "fsdp")
+    for i, (ranks, *how) in enumerate(teams):
+        out = torchrun(ranks, *words, *run, *how, "--max-steps", 2 * (i + 1))
+        assert out.returncode == 0 and ("going on" in out.stdout) == (i > 0), out.stdout
+    for a, b in zip(untimed(tmp_path / "run"), untimed(tmp_path / "whole"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert a[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], key)

@@ -89,6 +89,8 @@ def start(device: torch.device, alone: bool, tensor_parallel: int = 1) -> None:
     if tensor_parallel > 1:
         shape, names = (world_size() // tensor_parallel, 1, tensor_parallel), _AXES
         _mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for first in _AXES[:2]:  # a sum over both axes at once
+            cast(Any, _mesh[first, "tensor"])._flatten()
 
 
 def _join(device: torch.device, alone: bool) -> None:

@@ -1,0 +1,83 @@
+"""One process of a tensor parallel test: torchrun --nproc-per-node N team_probe.py FOLDER. Every rank checks, rank 0 writes FOLDER/ok.
+
+Teams of two ranks hold a model with biases and a vocabulary of an odd size; N / 2 teams share the rows of one loss.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import tiny_llama
+
+from reinforce import optim
+from reinforce.logprobs import Scorer
+from reinforce.run import distributed, tensor_parallel
+
+CPU = torch.device("cpu")
+ROWS = torch.randint(3, 11, (4, 9), generator=torch.Generator().manual_seed(2))  # (B, S + T)
+WEIGHT = torch.tensor([1.0, -2.0, 0.5, 3.0])  # (B,)
+
+
+def made(tied):
+    """The same model on every rank; its biases are not 0."""
+    model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    return model, Scorer(model, plain=True)
+
+
+def loss(scorer, rows):
+    """Of so many of the rows, a sum over them."""
+    prompt, response = ROWS[rows, :4], ROWS[rows, 4:]  # (b, S), (b, T)
+    seen, mask = torch.ones_like(prompt, dtype=torch.bool), torch.ones_like(response, dtype=torch.bool)
+    return (WEIGHT[rows] * scorer(prompt, seen, response, mask).sum(1)).sum()
+
+
+def check_places(model, whole):
+    """Each rank's shard of any tensor is that which it has of the parameter, and all shards together are the tensor."""
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        placed = distributed.shard_like(parameter, whole[name])
+        assert getattr(placed, "placements", None) == getattr(parameter, "placements", None), name
+        assert torch.equal(getattr(placed, "_local_tensor", placed), getattr(parameter, "_local_tensor", parameter)), name
+        other = torch.randn(parameter.shape, generator=draw)
+        assert torch.equal(distributed.gather_tensor(distributed.shard_like(parameter, other)), other), name
+
+
+def check_gradient(model, scorer, wrapped, tied):
+    """Its length before clipping, and every part of it after, are those of one process."""
+    alone, alone_scorer = made(tied)
+    loss(alone_scorer, list(range(len(ROWS)))).backward()
+    norm = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm().item()
+    distributed.backward(loss(wrapped, distributed.deal(range(len(ROWS)))))
+    for most in (0.0, norm / 10):
+        optim.clip(alone, most)
+        found = optim.clip(model, most)
+        assert abs(found - norm) <= 1e-5 * norm, (found, norm)
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            error = (distributed.gather_tensor(p.grad) - q.grad).norm()
+            assert error <= 1e-5 * q.grad.norm(), (name, error)
+
+
+def main(folder):
+    distributed.start(CPU, alone=False, tensor_parallel=2)
+    for parallel in ("ddp", "fsdp"):
+        for tied in (True, False):
+            model, scorer = made(tied)
+            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+            tensor_parallel.shard(model, CPU)
+            wrapped = distributed.wrap(scorer, CPU, parallel, False)
+            check_places(model, whole)
+            check_gradient(model, scorer, wrapped, tied)
+    if distributed.rank() == 0:
+        (folder / "ok").touch()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
