@@ -39,15 +39,15 @@ from reinforce.serving.gate import is_loopback
 from reinforce.serving.handler import RewardServer, Service
 from reinforce.serving.protocol import MAX_TEXTS
 from reinforce.serving.reward import Reward, load_reward
-from reinforce.serving.tensor_parallel import check_version
 from reinforce.serving.watch import Watch
+from reinforce.tensor_plan import refuse_version
 
 
 def serve(config: ServeConfig) -> int:
     """Bind, load, warm up, answer until a signal; the exit code. Raises ConfigError."""
     config.check_processes(processes())
     if config.tensor_model_parallel_size > 1:
-        check_version()
+        refuse_version(config.tensor_model_parallel_size)
     if rank() > 0:
         return follow(config)
     token = read_token()

@@ -13,7 +13,6 @@ import functools
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -21,20 +20,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from reinforce.errors import ConfigError
 from reinforce.head import linear
 from reinforce.run import distributed
-
-FLAG = "--tensor-model-parallel-size"
-OLDEST = (5, 23)  # transformers before that has no plan that can be applied to one axis of a mesh
+from reinforce.tensor_plan import FLAG, refuse_model, refuse_version
 
 
 def refuse_ranks(size: int, ranks: int) -> None:
     """Raise ConfigError if teams of `size` ranks cannot be made here."""
     if size == 1:
         return
-    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < OLDEST:
-        raise ConfigError(
-            f"{FLAG} {size} needs transformers 5.23 or newer, and this is "
-            f"{transformers.__version__}; install a newer one, or leave the flag out"
-        )
+    refuse_version(size)
     if ranks % size:
         raise ConfigError(
             f"{FLAG} {size} does not divide the {ranks} ranks; start a multiple of {size} processes"
@@ -46,19 +39,8 @@ def refuse_policy(config: Any, size: int, where: str) -> None:
 
     `where` is the policy's flag and value.
     """
-    if size == 1:
-        return
-    text = config.get_text_config()
-    if not getattr(text, "base_model_tp_plan", None):
-        raise ConfigError(
-            f"{where}: transformers has no tensor parallel plan for a {text.model_type} model; "
-            f"leave {FLAG} out, or take --parallel fsdp"
-        )
-    heads = text.num_attention_heads
-    kinds = {"query heads": heads, "KV heads": getattr(text, "num_key_value_heads", None) or heads}
-    for kind, count in kinds.items():
-        if count % size:
-            raise ConfigError(f"{FLAG} {size} does not divide the {count} {kind} of {where}")
+    if size > 1:
+        refuse_model(config, size, where, "--parallel fsdp")
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:

@@ -10,46 +10,24 @@ et al. (2019, arXiv 1909.08053).
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoConfig
 
 from reinforce.errors import ConfigError, first_line
 from reinforce.hub import refuse_missing_path
-
-FLAG = "--tensor-model-parallel-size"
-OLDEST = "5.23"  # the first with DistributedConfig(tp_size=..., dp_replicate_size=...)
-
-
-def check_version() -> None:
-    """Raise ConfigError where transformers is too old for the flag."""
-    if Version(transformers.__version__) < Version(OLDEST):
-        raise ConfigError(
-            f"{FLAG} needs transformers {OLDEST} or newer, and {transformers.__version__} is "
-            "installed: upgrade it, or leave the flag out"
-        )
+from reinforce.tensor_plan import FLAG, refuse_model
 
 
 def check_model(name: str, size: int, device: torch.device) -> None:
     """Raise ConfigError on a model that transformers cannot split over `size` ranks here."""
     refuse_missing_path(name, "--reward-model")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a bad file makes transformers raise what it likes
         raise ConfigError(
             f"--reward-model {name}: no config.json that transformers can read "
             f"({first_line(error)})"
         ) from error
-    if not getattr(config, "base_model_tp_plan", None):
-        raise ConfigError(
-            f"{FLAG} {size}: transformers has no tensor-parallel plan for {name} "
-            f"({config.model_type}); use --data-parallel alone"
-        )
-    heads = config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    for kind, count in (("query", heads), ("key-value", key_value_heads)):
-        if count % size:
-            raise ConfigError(f"{FLAG} {size} does not divide the {count} {kind} heads of {name}")
+    refuse_model(config, size, f"--reward-model {name}", "--data-parallel alone")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != device.type:
         raise ConfigError(
