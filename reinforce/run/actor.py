@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +124,9 @@ class Actor:
         allows.
         """
         most = self.refusals.left if kind == SAMPLED else 0
+        if not distributed.first_of_team():
+            return Requested(Future(), most)
+        # a thread: it makes no collective call, which would meet those of the reference
         return Requested(in_flight(lambda: self.ask(prompts, rollout, kind, most)), most)
 
     def rewards(self, requested: Requested) -> Tensor:
@@ -133,7 +135,8 @@ class Actor:
         A rank whose server fails takes the other ranks along.
         """
         with self.clock("reward"):
-            reward, refused = distributed.together(requested.answer.result)
+            answer = requested.answer.result
+            reward, refused = distributed.together(lambda: distributed.once_a_team(answer))
             if requested.most:
                 self.refusals.take([row for rows in distributed.gather([refused]) for row in rows])
         return reward
@@ -141,7 +144,7 @@ class Actor:
     def ask(
         self, prompts: Sequence[Prompt], rollout: Rollout, kind: str = VALIDATION, most: int = 0
     ) -> tuple[Tensor, list[Row]]:
-        """The rewards of one rank alone, (B,) float64, and the rows that are NaN.
+        """The rewards of one rank's rows, (B,) float64, and the rows that are NaN.
 
         Raises RefusedRowError where the server refuses more than `most`.
         """
@@ -157,8 +160,8 @@ class Actor:
         for rows, request in reward_requests(self.tokenizer, prompts, rollout, as_text):
             texts = request["completions"]
             try:
-                asked = partial(rewards_but_refused, self.client, request, most - len(refused))
-                values, answers = distributed.once_a_team(asked)
+                left = most - len(refused)
+                values, answers = rewards_but_refused(self.client, request, left)
             except RefusedError as error:
                 if error.index is None:
                     raise

@@ -177,12 +177,17 @@ def of_all(item: T) -> list[T]:
     return items
 
 
+def first_of_team() -> bool:
+    """Whether this rank is the one of its team that asks for rewards."""
+    return rank() % team_size() == 0
+
+
 def once_a_team(work: Callable[[], T]) -> T:
     """Call `work` on the first rank of each team; the others get its result, or its error."""
     if _mesh is None:
         return work()
     outcome: list[Any] = [None, None]
-    if _mesh.get_local_rank("tensor") == 0:
+    if first_of_team():
         try:
             outcome[0] = work()
         except (ConfigError, RetryError, FailedError) as raised:

@@ -22,7 +22,7 @@ def validate(actor: Actor, prompts: list[Prompt]) -> list[Group]:
             return []
         rows = actor.config.val_rollout_micro_batch_size
         rollout = actor.respond(dealt, 1, STEP, actor.validation, rows)
-        reward, _ = actor.ask(dealt, rollout)
+        reward, _ = distributed.once_a_team(lambda: actor.ask(dealt, rollout))
         return make_groups(actor.tokenizer, dealt, rollout, Judged(reward, None, reward))
 
     with distributed.gathered(actor.policy):
