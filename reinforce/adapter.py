@@ -109,7 +109,7 @@ def merge_into(model: nn.Module, name: str, flag: str) -> None:
     """Add an adapter's folder to the weights of its base model. Raises ConfigError."""
     settings, known = _settings(name, flag), dict(model.named_modules())
     found = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in _weights(name, flag)}
-    foreign = [layer for layer in sorted(found) if type(known.get(layer)) not in lora.LINEAR]
+    foreign = [layer for layer in sorted(found) if not isinstance(known.get(layer), lora.LINEAR)]
     if foreign:
         raise ConfigError(f"{flag} {name}: its base model has no linear layer {foreign[0]}")
     lora.add(model, sorted(found), settings["r"], settings["lora_alpha"], seed=0)

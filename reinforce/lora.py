@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     def __init__(self, layer: Any, rank: int, alpha: float, draw: torch.Generator) -> None:
         """`layer` is one of LINEAR."""
         super().__init__()
-        self.transposed = type(layer) is Conv1D
+        self.transposed = isinstance(layer, Conv1D)
         outputs, inputs = layer.weight.t().shape if self.transposed else layer.weight.shape
         bound = inputs**-0.5
         drawn = torch.empty(rank, inputs).uniform_(-bound, bound, generator=draw)
@@ -71,20 +71,24 @@ def layers(blocks: Sequence[nn.Module], model: nn.Module, targets: Sequence[str]
     found = [
         name
         for name, module in model.named_modules()
-        if id(module) in inside and type(module) in LINEAR
+        if id(module) in inside and isinstance(module, LINEAR)
     ]
-    for target in targets or [""]:
+    if not found:
+        raise ConfigError(
+            "--lora-rank: the blocks of this model have no linear layers; leave it out"
+        )
+    for target in targets:
         if not any(_ends_in(name, target) for name in found):
-            names = ", ".join(sorted({last_name(name) for name in found})) or "none"
+            names = ", ".join(sorted({last_name(name) for name in found}))
             raise ConfigError(
                 f"--lora-targets {target}: no linear layer of the model's blocks has this name; "
                 f"it has {names}"
             )
-    return [name for name in found if any(_ends_in(name, target) for target in targets or [""])]
+    return [n for n in found if not targets or any(_ends_in(n, target) for target in targets)]
 
 
 def _ends_in(name: str, target: str) -> bool:
-    return not target or f".{name}".endswith(f".{target}")
+    return f".{name}".endswith(f".{target}")
 
 
 def last_name(name: str) -> str:
