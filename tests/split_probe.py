@@ -62,6 +62,11 @@ def padded(r, n):
                    pad(r.logp, (0, n)), r.finished)  # fmt: skip
 
 
+def trained(model):
+    """The trained parameters; asked for anew each time, since FSDP's root has others from its forward pass to its backward pass."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def measure(name, flags, policy, tokenizer):
     """Token ids, gradient, parameters after three steps, and how often a block ran forward in the first backward()."""
     flags = {"device": "cpu", "precision": "fp32", "initial_policy_kl_penalty": 0.0, "max_new_tokens": 12,
@@ -92,8 +97,7 @@ def measure(name, flags, policy, tokenizer):
     batch = Batch(part, advantage[own], token_weights(part.mask, "sequence") * valid[own][:, None])
     update = Update(range(len(prompts(tokenizer))), list(range(len(own))), divisor)
     reference = None if ref_logp is None else distributed.gather_rows(ref_logp.double().sum(1).view(len(mine), K))  # (P, K)
-    trained = [p for p in actor.model.parameters() if p.requires_grad]
-    start = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained])
+    start = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained(actor.model)])
     calls, gradient = [], None
     block = actor.model.model.layers[0].mlp
     hook = block.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -101,12 +105,12 @@ def measure(name, flags, policy, tokenizer):
         train.backward(actor, batch, update)
         if gradient is None:
             hook.remove()
-            gradient = torch.cat([distributed.gather_tensor(p.grad).flatten() for p in trained])
+            gradient = torch.cat([distributed.gather_tensor(p.grad).flatten() for p in trained(actor.model)])
         with torch.no_grad():
-            for p in trained:
+            for p in trained(actor.model):
                 p -= 0.05 * p.grad
                 p.grad = None
-    end = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained])
+    end = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained(actor.model)])
     more = {"start": start, "reference": reference}
     return {**more, "tokens": tokens, "gradient": gradient, "end": end, "calls": len(calls), "apart": apart}
 
