@@ -5,6 +5,7 @@ B is drawn, as after some training: at B = 0 the gradient of A is 0 and nothing 
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import split_probe
 import torch
@@ -36,8 +37,8 @@ def stored(tokenizer, of=split_probe.stored):
 
 
 def main(folder):
-    split_probe.load, split_probe.stored = load, stored
-    split_probe.main(folder, VARIANTS)
+    with mock.patch.object(split_probe, "load", load), mock.patch.object(split_probe, "stored", stored):
+        split_probe.main(folder, VARIANTS)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,10 @@ def test_three_steps_a_sigkill_and_three_steps_are_six_steps_bitwise(flags, six,
     run = tmp_path / "run"
     words = [*flags, "--max-steps", "6", "--save-interval", "3", "--save-top-k", "9", "--log-dir", str(run)]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=environment(OMP_NUM_THREADS=1), stdout=subprocess.DEVNULL
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS=torch.get_num_threads()),
+        stdout=subprocess.DEVNULL,
     )
     while not (run / "checkpoints/step-000003").exists():
         assert process.poll() is None, "the run has ended by itself"

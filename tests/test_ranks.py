@@ -47,6 +47,8 @@ def reward_model(tmp_path_factory):
 def server(folder, model, layout, *flags, runner=("-m", "torch.distributed.run"), **extra):
     """A server in a layout; yields its address, torchrun's process, the ids of its ranks and its log."""
     count, words = LAYOUTS[layout]
+    if layout != "data":
+        pytest.importorskip("accelerate")
     ready, log = folder / f"ready-{time.monotonic_ns()}", folder / f"log-{time.monotonic_ns()}"
     command = [sys.executable, *runner, "--standalone", "--nproc-per-node", count, ROOT / "serve_rm.py",
                "--reward-model", model, "--ready-file", ready, *words, *flags]  # fmt: skip
@@ -167,7 +169,10 @@ def test_the_other_ranks_end_with_rank_0(reward_model, tmp_path):
         os.kill(ranks[0], signal.SIGKILL)
         assert job.wait(40) != 0 and all_gone(ranks)
     model, tokenizer = load_reward_model(str(reward_model), torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
     one_by_one = [score(model, [query_ids(tokenizer, text)], tokenizer.pad_token_id).item() for text in TEXTS]
+    torch.set_num_threads(threads)
     assert found.tolist() == one_by_one, "copies of a model give the bits of one process"
 
 
@@ -231,6 +236,12 @@ def test_processes_without_a_task_are_refused_by_name(flags, count, sentence):
 def test_a_size_that_does_not_divide_the_heads_is_refused(reward_model, size, heads):
     with pytest.raises(ConfigError, match=f"--tensor-model-parallel-size {size} does not divide the {heads}"):
         check_model(str(reward_model), size, torch.device("cpu"))
+
+
+def test_without_accelerate_the_flag_is_refused_by_name(reward_model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--tensor-model-parallel-size 2 needs the package accelerate"):
+        check_model(str(reward_model), 2, torch.device("cpu"))
 
 
 def test_a_folder_that_is_missing_is_still_one_sentence():

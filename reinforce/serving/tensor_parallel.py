@@ -7,6 +7,7 @@ See "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model P
 et al. (2019, arXiv 1909.08053).
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def check_model(name: str, size: int, device: torch.device) -> None:
             f"({first_line(error)})"
         ) from error
     refuse_model(config, size, f"--reward-model {name}", "--data-parallel alone")
+    if importlib.util.find_spec("accelerate") is None:  # transformers loads a plan through it
+        raise ConfigError(f"{FLAG} {size} needs the package accelerate: pip install accelerate")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != device.type:
         raise ConfigError(
