@@ -66,13 +66,7 @@ def main() -> None:
                 f"{step / floor:7.1f} {size / step / 1e9:20.1f}",
                 flush=True,
             )
-    b, t = args.rows[-1], args.tokens[-1]
-    if len(args.rows) > 2:
-        by_rows = machine.line_fit(args.rows, [times[rows, t] for rows in args.rows])
-        print(f"over B at T = {t}: {by_rows}")
-    if len(args.tokens) > 2:
-        by_tokens = machine.line_fit(args.tokens, [times[b, tokens] for tokens in args.tokens])
-        print(f"over T at B = {b}: {by_tokens}")
+    machine.print_growth(times)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def product_rate(layers: list[nn.Linear], rows: int, bf16: bool, device: torch.d
     return flop / median_seconds(products, 3, device)
 
 
-def line_fit(x: list[float], y: list[float]) -> str:
+def line_fit(x: Sequence[float], y: Sequence[float]) -> str:
     """The least squares line of y over x, and its largest residual, in words."""
     mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
@@ -121,3 +121,13 @@ def line_fit(x: list[float], y: list[float]) -> str:
     base = mean_y - slope * mean_x
     worst = max(abs(b - base - slope * a) / b for a, b in zip(x, y, strict=True))
     return f"{base:.3f} s + {1000 * slope:.3f} ms each, at most {worst:.0%} off"
+
+
+def print_growth(times: dict[tuple[int, int], float]) -> None:
+    """How seconds grow with B at the largest T, and with T at the largest B, from three on."""
+    b, t = max(times)[0], max(t for _, t in times)
+    rows, tokens = sorted({b for b, _ in times}), sorted({t for _, t in times})
+    if len(rows) > 2:
+        print(f"over B at T = {t}: {line_fit(rows, [times[row, t] for row in rows])}")
+    if len(tokens) > 2:
+        print(f"over T at B = {b}: {line_fit(tokens, [times[b, token] for token in tokens])}")

@@ -3,9 +3,8 @@
     q (B, H, 1, D), k and v (B, H/G, L, D):  H/G heads of G queries instead of H heads of one
 
 The queries of a group see the same keys, so they may stand beside each other where a sequence's
-queries stand. PyTorch's kernel reads the cache once for all of them then, instead of G times
-(bfloat16 on a CPU: 0.56 -> 0.12 ms a layer at 16 rows of 100 tokens). Everything else is
-transformers' own function. See "GQA", Ainslie et al. (2023, arXiv 2305.13245).
+queries stand. PyTorch's kernel reads the cache once for all of them then, instead of G times.
+Everything else is transformers' own function. See "GQA", Ainslie et al. (2023, arXiv 2305.13245).
 """
 
 from typing import Any

@@ -3,9 +3,8 @@
 Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update.
 Here the base model gives hidden states, and the output head runs on the real response tokens alone,
 in chunks. Where all their logits would not fit, the backward pass computes each chunk's again. That
-is exact where logits = head(hidden
-states); `guard.head_is_plain` finds out, and other models (Gemma-2 caps its logits, Cohere and
-Granite scale them) take their own forward pass.
+is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models
+(Gemma-2 caps its logits, Cohere and Granite scale them) take their own forward pass.
 """
 
 from collections.abc import Callable

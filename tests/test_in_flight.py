@@ -43,4 +43,3 @@ def test_the_server_need_not_answer_before_the_reference_has_scored(small, serve
     done = train_here(*flags[:at], *flags[at + 2 :], "--max-steps", "2", "--log-dir", tmp_path / "run")
     assert done.returncode in (0, None) and not late, done.stdout
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
-    assert all(line["time_reward"] < 20 for line in metrics(tmp_path / "run"))

@@ -1,8 +1,8 @@
 """Memory that a step frees stays with the process, for the next step.
 
 glibc gives a large tensor's pages back to the kernel when it is freed, and the kernel clears them
-when they are asked for again: a million pages a step with a model of 135M parameters, a third of
-its seconds. Other C libraries, and a GPU's allocator, are left as they are.
+when they are asked for again: about a million pages a step with a model of 135M parameters. Other C
+libraries, and a GPU's allocator, are left as they are.
 """
 
 import ctypes
