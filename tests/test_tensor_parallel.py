@@ -66,6 +66,18 @@ def test_a_size_that_the_ranks_or_the_model_cannot_have_is_refused_in_one_senten
         tensor_parallel.refuse_ranks(2, 2)
 
 
+def test_a_run_of_a_team_has_the_metrics_of_one_process(flags, tmp_path):
+    """train.py itself, with a KL penalty, ReMax and a server: rewards are on their way while the team's reference scores."""
+    words = [*flags, "--baseline", "remax", "--max-steps", "2", "--log-dir"]
+    assert train_here(*words, tmp_path / "one").returncode == 0
+    out = torchrun(2, *words, tmp_path / "team", *SIZE, timeout=120)
+    assert out.returncode == 0, out.stdout
+    for a, b in zip(untimed(tmp_path / "team"), untimed(tmp_path / "one"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert a[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], key)
+
+
 DIES = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
