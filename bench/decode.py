@@ -6,10 +6,11 @@
 The floor of a decoding step of n rows is the larger of
 
     weight bytes / measured read rate        every weight is read once
-    2 n W / measured rate of the products    W weights of linear layers, the head among them
+    2 n W / measured matrix rate             W weights of linear layers, the head among them
 
-Bytes are 2 a weight in bfloat16, else 4. Each row of the table samples T tokens to B rows, of B / 4
-prompts of S tokens; the prompts' own pass is taken out by sampling one token as well.
+The matrix rate is that of the same layers at 1,024 rows. Bytes are 2 a weight in bfloat16, else 4.
+Each row of the table samples T tokens to B rows, of B / 4 prompts of S tokens; the prompts' own
+pass is taken out by sampling one token as well.
 """
 
 import sys
@@ -24,6 +25,7 @@ from reinforce import Sampling, row_seed, sample
 from reinforce import device as devices
 
 K = 4
+PEAK_ROWS = 1024  # enough for a product to reach its best rate
 
 
 def main() -> None:
@@ -38,7 +40,11 @@ def main() -> None:
     weights = sum(layer.weight.numel() for layer in layers)
     read = machine.read_rate(device)
     print(f"{device}, {'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads")
-    print(f"{weights / 1e6:.0f}M weights of linear layers · read {read / 1e9:.0f} GB/s")
+    rate = machine.product_rate(layers, PEAK_ROWS, bf16, device)
+    print(
+        f"{weights / 1e6:.0f}M weights of linear layers · read {read / 1e9:.0f} GB/s · "
+        f"products {rate / 1e9:.0f} GFLOP/s"
+    )
 
     def seconds(b: int, t: int) -> float:
         prompts = [[(7 * i + j) % 1000 + 10 for j in range(args.prompt)] for i in range(b // K)]
@@ -54,7 +60,6 @@ def main() -> None:
     print("   B     T   tokens/s   ms a step    floor   ratio   weights read, GB/s")
     times = {}
     for b in args.rows:
-        rate = machine.product_rate(layers, b, bf16, device)
         size = weights * (2 if bf16 else 4)
         floor = max(size / read, 2 * b * weights / rate)
         first = seconds(b, 1)
