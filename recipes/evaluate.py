@@ -185,6 +185,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         num_rollout_samples=1,
         global_batch_size=None,
         parallel="ddp",
+        tensor_model_parallel_size=1,
         resume="auto",
         **changes,
     )

@@ -1,4 +1,4 @@
-"""Attention of one new token: the packed form against the plain formula, and where it is not taken."""
+"""Attention of one new token, and of short sequences on a CPU: against the plain formula, and where neither is taken."""
 
 import pytest
 import torch
@@ -39,18 +39,64 @@ def test_one_query_packed_by_key_head_is_the_plain_formula(masked):
     torch.testing.assert_close(out, plain(query, key, value, mask, 0.3))
 
 
-def test_several_queries_one_head_a_key_and_masks_or_biases_of_a_head_are_left_to_transformers(monkeypatch):
+def test_one_head_a_key_and_masks_or_biases_of_a_head_are_left_to_transformers(monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **how: seen.append(how) or (None, None))
     query, key, value = inputs()
-    attention.attend(Layer(), inputs(queries=4)[0], key, value, None)
     attention.attend(Layer(), query, key.repeat(1, 3, 1, 1), value.repeat(1, 3, 1, 1), None)
     attention.attend(Layer(), query, key, value, torch.ones(B, HEADS, 1, L, dtype=torch.bool))
     attention.attend(Layer(), query, key, value, None, position_bias=torch.zeros(1, HEADS, 1, L))
     attention.attend(Layer(), query, key, value, None, softcap=50.0)
-    assert len(seen) == 5 and seen[-1] == {"softcap": 50.0}
+    assert len(seen) == 4 and seen[-1] == {"softcap": 50.0}
     attention.attend(Layer(), query, key, value, None, softcap=None, position_bias=None)
-    assert len(seen) == 5
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("queries", [2, 7, L])
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_sequences_on_a_cpu_have_the_values_and_gradients_of_the_plain_formula(queries, masked):
+    """Cached keys with a mask, or all keys without one, where a query sees none after its own."""
+    query, key, value = (x.requires_grad_() for x in inputs(queries))
+    mask = torch.ones(queries, L, dtype=torch.bool).tril(L - queries if masked else 0)
+    if masked:  # rows with padding on the left; every query sees one key at least
+        mask = mask & (torch.arange(L) >= torch.tensor([0, 0, 1])[:, None, None, None])
+        mask[2, :, 0, 1] = True
+    out, _ = attention.attend(Layer(), query, key, value, mask if masked else None, scaling=0.3, dropout=0.0)
+    assert type(out.grad_fn).__name__ == "CloneBackward0", "not the kernel"
+    right = plain(query, key, value, mask, 0.3)
+    torch.testing.assert_close(out, right)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found, wanted = (torch.autograd.grad((o * weight).sum(), (query, key, value)) for o in (out, right))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_under_autocast_short_sequences_attend_in_float32_and_padding_gives_no_nan():
+    query, key, value = (x.bfloat16().requires_grad_() for x in inputs(4))
+    mask = torch.ones(B, 1, 4, L, dtype=torch.bool)
+    mask[1, :, 0] = False  # a query of padding sees nothing
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention.attend(Layer(), query, key, value, mask, scaling=None)
+    exact = plain(query.float(), key.float(), value.float(), mask, D**-0.5)
+    assert out.dtype == torch.bfloat16
+    seen = torch.ones(B, 4, dtype=torch.bool)
+    seen[1, 0] = False
+    torch.testing.assert_close(out[seen], exact[seen].bfloat16())
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(out.float().sum(), (query, key, value)))
+
+
+def test_many_scores_other_masks_and_options_keep_the_kernel(monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **how: seen.append(how) or (None, None))
+    query, key, value = (x.requires_grad_() for x in inputs(4))
+    attention.attend(Layer(), query, key, value, torch.zeros(B, 1, 4, L))  # a bias
+    attention.attend(Layer(), query, key, value, None, dropout=0.1)
+    attention.attend(Layer(), query, key, value, None, softcap=50.0)
+    monkeypatch.setattr(attention, "FEW_SCORES", 4 * L - 1)
+    attention.attend(Layer(), query, key, value, None)
+    assert len(seen) == 4
+    monkeypatch.setattr(attention, "FEW_SCORES", 4 * L)
+    assert attention.attend(Layer(), query, key, value, None)[0].shape == (B, 4, HEADS, D) and len(seen) == 4
 
 
 def test_a_loaded_policy_samples_through_it(small, monkeypatch):

@@ -54,7 +54,9 @@ ELSEWHERE = {
     "torchrun --nnodes": "test_nodes.py, two agents on one machine",
     "python bench/memory.py": "test_offload.py, on a small policy",
     "torchrun --nproc-per-node 2 serve_rm.py": "test_ranks.py",
-    "#!/usr/bin/env bash\n#SBATCH": "test_the_batch_file_of_the_docs_trains_under_slurm, below",
+    "#!/usr/bin/env bash\n#SBATCH": "test_the_batch_file_of_the_docs_trains_under_slurm, below, and test_tutorial.py",
+    "python recipes/sft.py --model BASE": "test_tutorial.py, with tiny models",
+    "export RM_TOKEN": "test_tutorial.py, with tiny models",
 }
 NOT_RUN = {"vllm serve": "neither vLLM nor lm_eval is a requirement, and the page says that they were not run"}  # no ```bash
 
@@ -244,7 +246,7 @@ def test_the_batch_file_of_the_docs_trains_under_slurm(small, clone, tmp_path):
     """With the stand-ins of test_slurm.py and names of files that are there."""
     from test_slurm import SCONTROL, SRUN
 
-    (block,) = [b for b in COMMANDS if "#SBATCH" in b.text]
+    (block,) = [b for b in COMMANDS if "#SBATCH" in b.text and b.page == "docs/scaling.md"]
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -386,7 +386,7 @@ class TrainConfig:
         if self.rollout_micro_batch_size < self.num_rollouts_per_prompt:
             raise ConfigError(
                 f"--rollout-micro-batch-size {self.rollout_micro_batch_size} is smaller than a "
-                f"group: give --num-rollouts-per-prompt {self.num_rollouts_per_prompt} or more"
+                f"group of --num-rollouts-per-prompt {self.num_rollouts_per_prompt} responses"
             )
         rows, g = self.num_rollout_samples * k, self.global_batch_size
         if g is not None and (g <= 0 or g % k or rows % g):
