@@ -13,6 +13,8 @@ from test_readme import blocks
 from test_recipes import pairs  # noqa: F401  (a fixture)
 from test_slurm import SCONTROL, SRUN
 
+pytestmark = pytest.mark.slow  # a minute
+
 SFT_AND_RM, SERVER, ACTOR, SLURM, EVALUATION = [b.text for b in blocks(ROOT / "docs/tutorial-keys.md") if b.language == "bash"]
 TINY = "--max-new-tokens 8"
 
@@ -78,7 +80,6 @@ def test_server_actor_and_evaluation_of_the_page(folder):
     assert (folder / "RESULTS/report.html").exists()
 
 
-@pytest.mark.slow
 def test_the_batch_file_of_the_page(folder, tmp_path):
     """Two nodes of two ranks for the actor, one of two for the server."""
     (tmp_path / "bin").mkdir()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from reinforce import attention
 from reinforce.errors import ConfigError, first_line
 from reinforce.policy import OUT_OF_MEMORY, announce, load_tokenizer, without_dropout
 from reinforce.serving.config import DAY
@@ -34,6 +35,7 @@ def load_reward_model(
     """
     tokenizer = load_tokenizer(name, FLAG)
     announce(name, FLAG)
+    attention.use_for_models()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -68,6 +70,7 @@ def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str)
     Raises ConfigError.
     """
     announce(name, flag)
+    attention.use_for_models()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
