@@ -5,9 +5,10 @@
 G query heads share each key head, see the same keys, and so may stand beside each other: H/G heads
 of G Q queries instead of H heads of Q. One new token (Q = 1) then has the cache read once for all
 of them, instead of G times. Where a CPU has few scores to compute, it computes the formula in plain
-float32 operations: the kernel is as fast forwards and several times slower backwards. With gradient
-and without, so that policy and reference agree to the last bit. Everything else is transformers'
-own function. See "GQA", Ainslie et al. (2023, arXiv 2305.13245).
+float32 operations: in bfloat16 the kernel is faster forwards, but two to four times slower with the
+backward pass (bench/attention.py). With gradient and without, so that policy and reference agree to
+the last bit. Everything else is transformers' own function. See "GQA", Ainslie et al. (2023, arXiv
+2305.13245).
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-FEW_SCORES = 2**15  # Q L of one head; from about twice as many on the kernel is faster
+FEW_SCORES = 2**15  # Q L of one head; with twice as many the kernel is faster
 
 
 def attend(
@@ -57,21 +58,22 @@ def attend(
 def float32_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """The formula at the top in float32 -> (B, Q, H, D) of the query's type.
+    """The formula at the top, in float32 at least -> (B, Q, H, D) of the query's type.
 
     mask (..., Q, L) bool, for all heads; True where a query sees a key. A query that sees none, as
     those of padding, gets the mean of all values, where -inf would give NaN.
     """
     (b, h, queries, d), (groups, keys) = query.shape, key.shape[1:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        packed = (query.float() * scale).reshape(b, groups, -1, d)  # (B, H/G, G Q, D)
-        scores = packed @ key.float().transpose(2, 3)  # (B, H/G, G Q, L)
+        packed = (query.to(dtype) * scale).reshape(b, groups, -1, d)  # (B, H/G, G Q, D)
+        scores = packed @ key.to(dtype).transpose(2, 3)  # (B, H/G, G Q, L)
         if mask is not None:
             scores = scores.view(b, groups, -1, queries, keys)  # (B, H/G, G, Q, L)
             hidden = ~(mask if mask.ndim == 2 else mask.unsqueeze(1))
             scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
             scores = scores.view(b, groups, -1, keys)
-        out = scores.softmax(-1) @ value.float()  # (B, H/G, G Q, D)
+        out = scores.softmax(-1) @ value.to(dtype)  # (B, H/G, G Q, D)
     out = out.view(b, h, queries, value.shape[-1]).to(query.dtype)
     return out.transpose(1, 2).contiguous()
 

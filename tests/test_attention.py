@@ -85,6 +85,13 @@ def test_under_autocast_short_sequences_attend_in_float32_and_padding_gives_no_n
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(out.float().sum(), (query, key, value)))
 
 
+def test_a_float64_model_keeps_its_precision():
+    query, key, value = (x.double() for x in inputs(4))
+    out, _ = attention.attend(Layer(), query, key, value, torch.ones(B, 1, 4, L, dtype=torch.bool), scaling=0.3)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, plain(query, key, value, None, 0.3), rtol=1e-12, atol=1e-12)
+
+
 def test_many_scores_other_masks_and_options_keep_the_kernel(monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **how: seen.append(how) or (None, None))
