@@ -30,6 +30,12 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa" attention: (B, H, Q, D) and the keys of L tokens -> (B, Q, H, D)."""
+    if (prompts := options.pop("shared_prompts", None)) is not None:  # of shared_prompt.py
+
+        def rows(*tensors: Tensor) -> Tensor:
+            return attend(module, *tensors, **options)[0]
+
+        return prompts.attend(rows, query, key, value), None
     b, h, queries, d = query.shape
     shared = h // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads

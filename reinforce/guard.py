@@ -84,7 +84,7 @@ def inspect(
         if max(gaps.values()) > GAP:
             _, again = _gaps(scorer, _sampled(scorer, _two(prompts, 1), pad_id))
             _refuse_gaps(gaps, again, f"{name}: {kind}")
-        shares = plain and not checkpointing and prompt_may_run_once(model, rollout, logp, GAP)
+        shares = plain and prompt_may_run_once(model, rollout, logp, GAP)
         unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise

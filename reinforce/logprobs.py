@@ -78,7 +78,7 @@ class Scorer(nn.Module):
         """`model` is a Hugging Face causal language model; `guard.inspect` finds out the two flags.
 
         plain: the head applied to the last hidden states gives the logits. shares_prompt: a prompt
-        runs once for all its rows. The others are the sampler's.
+        runs once for all its rows, and no padding (shared_prompt.py). The others are the sampler's.
         """
         super().__init__()
         self.model = model
@@ -98,19 +98,20 @@ class Scorer(nn.Module):
         """
         hf, s = cast(Any, self.model), prompt.shape[1]
         head = float32_product(hf.get_output_embeddings()) if self.plain else Tensor.float
-        ids = torch.cat([prompt, response], 1)  # (B, S + T)
-        seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
-        place = {"attention_mask": seen.long(), "position_ids": positions(seen)}
         if self.shares_prompt:
-            states = response_states(hf.base_model, prompt, prompt_mask, response, mask)
-        elif self.plain:
-            out = hf.base_model(input_ids=ids, use_cache=False, **place)
-            states = out.last_hidden_state[:, s - 1 : -1]  # (B, T, H)
+            states = response_states(hf.base_model, prompt, prompt_mask, response, mask)  # (n, H)
         else:
-            kept = response.shape[1] + 1
-            out = hf(input_ids=ids, use_cache=False, logits_to_keep=kept, **place)
-            states = out.logits[:, :-1]  # (B, T, V)
-        states = states[mask]  # (n, H) or (n, V), n response tokens
+            ids = torch.cat([prompt, response], 1)  # (B, S + T)
+            seen = torch.cat([prompt_mask, mask], 1)  # (B, S + T)
+            place = {"attention_mask": seen.long(), "position_ids": positions(seen)}
+            if self.plain:
+                out = hf.base_model(input_ids=ids, use_cache=False, **place)
+                states = out.last_hidden_state[:, s - 1 : -1]  # (B, T, H)
+            else:
+                kept = response.shape[1] + 1
+                out = hf(input_ids=ids, use_cache=False, logits_to_keep=kept, **place)
+                states = out.logits[:, :-1]  # (B, T, V)
+            states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         vocabulary = hf.config.get_text_config().vocab_size
         rows = max(1, CHUNK_FLOATS // vocabulary)

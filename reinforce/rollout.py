@@ -136,45 +136,33 @@ def micro_batches(
     """Rows sorted by length, in runs of at most `max_rows` rows and `max_tokens` tokens.
 
     A run has one row at least. `prompt` and `response` are the two lengths of each row. Padding
-    counts: a run is as wide as its longest prompt and its longest response. `group` numbers each
-    row's prompt where a run computes it once for all its rows; whole groups then stay together if
-    that makes fewer tokens.
+    counts: a run is as wide as its longest prompt and its longest response. With `group`, the
+    number of each row's prompt, a run has no padding and computes a prompt once for all its rows;
+    the rows of a group then stand beside each other.
 
     >>> micro_batches([8, 1, 1, 1], [1, 1, 2, 7], max_rows=3, max_tokens=20)
     [[1, 2], [3], [0]]
-    >>> micro_batches([8, 8, 8, 8], [1, 2, 1, 2], max_rows=2, max_tokens=99, group=[0, 0, 1, 1])
-    [[0, 1], [2, 3]]
+    >>> micro_batches([8, 8, 8, 8], [1, 2, 1, 2], max_rows=4, max_tokens=11, group=[0, 1, 0, 1])
+    [[0, 2], [1], [3]]
     """
     length = [p + r for p, r in zip(prompt, response, strict=True)]
     order = sorted(range(len(length)), key=lambda row: length[row])
-    if group is None:
-        return _fill(order, prompt, response, range(len(length)), max_rows, max_tokens)[0]
-    longest: dict[int, int] = {}
-    for row in order:
-        longest[group[row]] = length[row]
-    whole = sorted(order, key=lambda row: (longest[group[row]], group[row]))
-    plans = [_fill(rows, prompt, response, group, max_rows, max_tokens) for rows in (order, whole)]
-    return min(plans, key=lambda plan: plan[1])[0]
+    if group is not None:
+        longest = {group[row]: length[row] for row in order}  # the last of a group stays
+        order.sort(key=lambda row: (longest[group[row]], group[row]))
 
+    def tokens(run: Sequence[int]) -> int:
+        if group is None:
+            widest = max(prompt[row] for row in run), max(response[row] for row in run)
+            return len(run) * sum(widest)
+        once = {group[row]: prompt[row] for row in run}
+        return sum(once.values()) + sum(response[row] for row in run)
 
-def _fill(
-    order: Sequence[int],
-    prompt: Sequence[int],
-    response: Sequence[int],
-    group: Sequence[int],
-    max_rows: int,
-    max_tokens: int,
-) -> tuple[list[list[int]], int]:
-    """Rows in this order cut into runs, and the tokens of all runs."""
     runs: list[list[int]] = []
-    sizes: list[int] = []
     for row in order:
-        run = [*runs[-1], row] if runs else [row]
-        wide, long = max(prompt[i] for i in run), max(response[i] for i in run)
-        size = wide * len({group[i] for i in run}) + long * len(run)
-        if runs and len(run) <= max_rows and size <= max_tokens:
-            runs[-1], sizes[-1] = run, size
+        longer = [*runs[-1], row] if runs else []
+        if runs and len(longer) <= max_rows and tokens(longer) <= max_tokens:
+            runs[-1] = longer
         else:
             runs.append([row])
-            sizes.append(prompt[row] + response[row])
-    return runs, sum(sizes)
+    return runs

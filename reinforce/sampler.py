@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from reinforce.logprobs import policy_logits
 from reinforce.rollout import Rollout, join, positions
-from reinforce.shared_prompt import cache_name
 
 CPU = torch.device("cpu")
 
@@ -101,6 +100,11 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         drop[:, top_k:] = True
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+
+
+def cache_name(out: Any) -> str:
+    """The name of the cache in a model's output: `cache` from transformers 5.24 on."""
+    return "cache" if getattr(out, "cache", None) is not None else "past_key_values"
 
 
 def left_pad(

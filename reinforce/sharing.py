@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY
 from reinforce.rollout import Rollout
-from reinforce.shared_prompt import cache_name
+from reinforce.sampler import cache_name
 
 
 def prompt_may_run_once(model: nn.Module, rollout: Rollout, logp: Tensor, gap: float) -> bool:

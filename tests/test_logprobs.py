@@ -3,14 +3,14 @@
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Lfm2Config
 
 from reinforce import logprobs
 from reinforce.guard import head_is_plain
 from reinforce.kl import k1
 from reinforce.logprobs import Scorer
 from reinforce.loss import reinforce_loss
-from reinforce.policy import without_dropout
+from reinforce.policy import checkpoint_blocks, without_dropout
 from reinforce.sampler import Sampling, row_seed, sample
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 4, 4, 8, 11, 3]]
@@ -248,19 +248,23 @@ def test_logits_are_float32_under_bf16_in_sampler_scorer_and_reference_and_the_l
     assert torch.equal(scored, frozen) and 0 < (out.logp - scored).abs().max() < 0.1
 
 
-def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient():
-    """Ragged prompts and responses, rows of three prompts in any order, one response of a single token."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("longest", [9, 70])
+def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient(longest, checkpointing):
+    """Ragged prompts and responses, rows of three prompts in any order; lengths of 0 and 1, and some that attend apart."""
     policy = tiny_llama()
     draw = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=draw) for n in (5, 2, 7)]
-    order, lengths = [0, 2, 1, 0, 2, 0], torch.tensor([3, 1, 4, 6, 2, 5])
+    order, lengths = [0, 2, 1, 0, 2, 0], torch.tensor([3, 1, longest, 6, 0, longest // 2])
     prompt = torch.stack([torch.cat([torch.zeros(7 - len(prompts[i]), dtype=torch.long), prompts[i]]) for i in order])
     prompt_mask = torch.stack([torch.arange(7) >= 7 - len(prompts[i]) for i in order])
-    response = torch.randint(3, VOCABULARY, (6, 6), generator=draw)
-    mask = torch.arange(6) < lengths[:, None]
+    response = torch.randint(3, VOCABULARY, (6, longest), generator=draw)
+    mask = torch.arange(longest) < lengths[:, None]
     found = []
     for shares in (False, True):
         policy.zero_grad()
+        if shares and checkpointing:
+            assert checkpoint_blocks(policy)
         logp = Scorer(policy, plain=True, shares_prompt=shares)(prompt, prompt_mask, response, mask)
         (logp * torch.arange(1, 7)[:, None]).sum().backward()
         found.append((logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
@@ -269,10 +273,26 @@ def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient()
     assert (shared - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_the_prompt_runs_once_whatever_the_number_of_its_rows():
+def test_the_prompt_runs_once_whatever_the_number_of_its_rows_and_padding_does_not_run():
     policy, widths = tiny_llama(), []
     policy.model.layers[0].register_forward_pre_hook(lambda _, args, kw: widths.append(tuple(args[0].shape[:2])), with_kwargs=True)
-    prompt = torch.full((4, 5), 3)
-    ones = torch.ones(4, 5, dtype=torch.bool)
-    Scorer(policy, plain=True, shares_prompt=True)(prompt, ones, torch.full((4, 3), 4), ones[:, :3])
-    assert widths == [(1, 5), (4, 3)]
+    prompt, prompt_mask = torch.full((4, 5), 3), torch.ones(4, 5, dtype=torch.bool)
+    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3])[:, None]
+    Scorer(policy, plain=True, shares_prompt=True)(prompt, prompt_mask, torch.full((4, 3), 4), mask)
+    assert widths == [(1, 5 + 3 + 1 + 2 + 3)]
+
+
+@pytest.mark.parametrize("layers", [("eager",), ("conv", "full_attention")])
+def test_a_layer_that_knows_nothing_of_the_row_of_tokens_is_an_error(layers):
+    """Every token would see every other, or a convolution its neighbours of another sequence."""
+    policy = tiny_llama()
+    if layers == ("eager",):
+        policy.set_attn_implementation("eager")
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+        policy = AutoModelForCausalLM.from_config(
+            Lfm2Config(vocab_size=VOCABULARY, layer_types=list(layers), num_hidden_layers=2, **sizes)
+        )
+    ones = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="not all its layers"):
+        Scorer(policy, plain=True, shares_prompt=True)(torch.full((2, 3), 3), ones, torch.full((2, 3), 4), ones)
