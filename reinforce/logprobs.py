@@ -7,6 +7,7 @@ is exact where logits = head(hidden states); `guard.head_is_plain` finds out, an
 (Gemma-2 caps its logits, Cohere and Granite scale them) take their own forward pass.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -114,9 +115,9 @@ class Scorer(nn.Module):
             states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         vocabulary = hf.config.get_text_config().vocab_size
-        rows = max(1, CHUNK_FLOATS // vocabulary)
-        again = len(states) * vocabulary > KEPT_FLOATS
-        chunks = zip(states.split(rows), response[mask].split(rows), t.split(rows), strict=True)
+        floats = len(states) * vocabulary
+        again, count = floats > KEPT_FLOATS, max(1, math.ceil(floats / CHUNK_FLOATS))
+        chunks = zip(*(x.tensor_split(count) for x in (states, response[mask], t)), strict=True)
         parts = [
             checkpoint(self._token_logp, head, *chunk, use_reentrant=False)
             if again
