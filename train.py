@@ -34,7 +34,7 @@ from reinforce.loss import clipped_loss, reinforce_loss, token_weights
 from reinforce.objective import Judged, counted, objective
 from reinforce.refused import GREEDY, SAMPLED
 from reinforce.rollout import Batch, Rollout
-from reinforce.run import distributed, exits, setup
+from reinforce.run import distributed, exits, loading, run_folder, setup
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.run import Run
@@ -131,9 +131,9 @@ def start(life: exits.Life) -> None:
     config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)
     name = "toy" if given.policy is None else Path(given.policy).name
-    life.folder, identity = setup.open_run_folder(inputs, name)
-    actor = setup.load(inputs)
-    setup.begin_run(life.folder, identity)
+    life.folder, identity = run_folder.open_run_folder(inputs, name)
+    actor = loading.load(inputs)
+    run_folder.begin_run(life.folder, identity)
     with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:
         train(actor, inputs.data, run)
 

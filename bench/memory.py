@@ -39,9 +39,10 @@ from reinforce.policy import end_tokens
 from reinforce.rollout import Batch
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
+from reinforce.run.loading import load
 from reinforce.run.offload import HostAdamW, Idle, Moves
 from reinforce.run.resume import Start
-from reinforce.run.setup import Inputs, load
+from reinforce.run.setup import Inputs
 from reinforce.run.update import Update
 from reinforce.text import Prompt
 

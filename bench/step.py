@@ -7,13 +7,21 @@ Both sides have the same model, prompts, K = 4, lengths, reward function and thr
 rate of 0 (ours: 1e-30), a KL penalty, and an allocator that keeps freed memory. Ours asks a reward
 server over HTTP, TRL calls the function in its own process. TRL runs without checkpointing, with
 its cache, at each per-device batch that divides the step, in both precisions; the fastest counts.
-Each measurement is a process of its own, whose first step is not counted. Printed are medians, peak
-memory, and the machine's matrix rate.
+Each measurement is a process of its own, whose first step is not counted. Printed are medians, the
+machine's matrix rate, and the peak memory, whole and beyond what a process holds in any case:
+
+    imports + 16 P + reference + copy for decoding      bytes; P parameters of 4 bytes, 4 of their
+                                                        gradient and 8 of AdamW's averages
+
+In bfloat16 our reference stores its linear layers in 2 bytes, and each side keeps a copy of them
+that autocast makes while it samples. Each side draws responses of its own, of the same distribution
+but not of the same lengths: their mean and their longest are printed.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import resource
 import statistics
@@ -51,21 +59,21 @@ class Case:
 
     tokens: int  # of a response at most
     forced: bool  # every response has as many
-    prompt_words: int  # appended to the question
+    ask: str = "Name one thing about {}, in one short sentence."
+    prompt_words: int = 0  # appended to the question
 
 
 CASES = {
-    "forced": Case(64, True, 0),
-    "natural": Case(256, False, 0),
-    "long": Case(32, True, 380),  # about 512 prompt tokens
+    "forced": Case(64, True),
+    "natural": Case(256, False, "Tell me about {} in two sentences."),
+    "long": Case(32, True, prompt_words=380),  # about 512 prompt tokens
 }
 
 
 def prompts(case: Case, count: int) -> list[list[dict[str, str]]]:
-    """Chats; those of "natural" ask for a sentence or less."""
+    """Chats, each about another topic."""
     padding = " ".join(TOPICS[i % len(TOPICS)] for i in range(case.prompt_words))
-    ask = "Name one thing about {}, in one short sentence."
-    texts = [f"{ask.format(TOPICS[i % len(TOPICS)])} {padding}".strip() for i in range(count)]
+    texts = [f"{case.ask.format(TOPICS[i % len(TOPICS)])} {padding}".strip() for i in range(count)]
     return [[{"role": "user", "content": text}] for text in texts]
 
 
@@ -80,12 +88,15 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
     import train
     from reinforce.run.run import Run
 
+    imports = peak()
     ends: list[float] = []
+    longest: list[int] = []
     finished = Run.finished
 
     def noted(run: Run, made: Any) -> None:
         finished(run, made)
         ends.append(time.perf_counter())
+        longest.append(int(made.batch.rollout.length.max()))
 
     Run.finished = noted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +124,8 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
     return {
         "seconds": [b - a for a, b in itertools.pairwise(ends)],
         "length": statistics.fmean(line["response_length"] for line in metrics[1:]),
+        "longest": statistics.fmean(longest[1:]),
+        "static": imports + held(policy, precision == "bf16", halved_reference=True),
         "parts": {p: statistics.median(line[f"time_{p}"] for line in metrics[1:]) for p in parts},
     }
 
@@ -127,15 +140,19 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
     from reinforce.run.allocator import keep_freed_memory
 
     keep_freed_memory()  # as train.py does
+    imports = peak()
     ends: list[float] = []
     lengths: list[float] = []
+    longest: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            lengths.append(logs.get("completions/mean_length", 0.0))
+            if "completions/mean_length" in logs:
+                lengths.append(logs["completions/mean_length"])
+                longest.append(logs["completions/max_length"])
 
     with tempfile.TemporaryDirectory() as folder:
         args = RLOOConfig(
@@ -171,8 +188,29 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
         trainer.train()
     return {
         "seconds": [b - a for a, b in itertools.pairwise(ends)],
-        "length": statistics.fmean(length for length in lengths[1:] if length),
+        "length": statistics.fmean(lengths[1:]),
+        "longest": statistics.fmean(longest[1:]),
+        "static": imports + held(policy, precision == "bf16", halved_reference=False),
     }
+
+
+def peak() -> float:
+    """The most memory that this process has held, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def held(policy: str, bf16: bool, halved_reference: bool) -> float:
+    """GiB that the weights and what belongs to them take: the formula at the top."""
+    from safetensors import safe_open
+
+    with safe_open(Path(policy) / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    embedding = sum(n for name, n in sizes.items() if "embed" in name or "lm_head" in name)
+    linear = sum(n for name, n in sizes.items() if len(shapes[name]) == 2) - embedding
+    weights = sum(sizes.values())
+    reference = 4 * weights - 2 * linear * (bf16 and halved_reference)
+    return (16 * weights + reference + 2 * linear * bf16) / 2**30
 
 
 def measured(words: list[str]) -> dict[str, Any]:
@@ -225,7 +263,7 @@ def main() -> None:
         name, precision, number = args.side
         side = ours if name == "ours" else trl
         found = side(args.policy, case, args.steps, precision, int(number))
-        found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found["peak"] = peak()
         print(json.dumps(found))
         return
     compare(args)
@@ -256,17 +294,20 @@ def compare(args: argparse.Namespace) -> None:
                     found[tuple(choice)] = statistics.median(result["seconds"])
                     print(" ".join(choice[:2] + choice[2:] * (side == "trl")), summary(result))
                 best[side] = list(min(found, key=lambda choice: found[choice]))
-            ratios, peaks = [], []
+            ratios, peaks, beyond = [], [], []
             for n in range(rounds):
                 pair = {side: measured([*common, *choice]) for side, choice in best.items()}
                 seconds = {side: statistics.median(r["seconds"]) for side, r in pair.items()}
                 ratios.append(seconds["trl"] / seconds["ours"])
                 peaks.append(pair["ours"]["peak"] / pair["trl"]["peak"])
+                more = {side: r["peak"] - r["static"] for side, r in pair.items()}
+                beyond.append(more["ours"] / more["trl"])
                 for side, result in pair.items():
                     print(f"round {n + 1} {side} {best[side][1]} {summary(result)}", flush=True)
             print(
                 f"{case}: TRL / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}"
+                f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}, "
+                f"beyond the static {statistics.median(beyond):.2f}"
             )
         finally:
             server.terminate()
@@ -277,8 +318,11 @@ def summary(result: dict[str, Any]) -> str:
     """Seconds, mean length, memory, and what the time went into."""
     seconds = statistics.median(result["seconds"])
     parts = " ".join(f"{name} {value:.1f}" for name, value in result.get("parts", {}).items())
-    length, peak = result["length"], result["peak"]
-    return f"{seconds:.1f} s, {length:.0f} tokens a response, {peak:.1f} GiB {parts}"
+    length, longest, most, static = (result[n] for n in ("length", "longest", "peak", "static"))
+    return (
+        f"{seconds:.1f} s, {length:.0f} tokens a response, {longest:.0f} the longest, "
+        f"{most:.1f} GiB, {most - static:.1f} beyond {static:.1f} {parts}"
+    )
 
 
 if __name__ == "__main__":

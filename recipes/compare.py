@@ -49,7 +49,7 @@ from reinforce.run import distributed, exits
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig, baseline_name
 from reinforce.run.folder import new_folder, new_run_folder
-from reinforce.run.setup import set_up
+from reinforce.run.loading import set_up
 from reinforce.text import Prompt
 from train import judge
 

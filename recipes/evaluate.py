@@ -39,9 +39,9 @@ from reinforce.run import exits, offload
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.group import Group, make_groups
+from reinforce.run.loading import set_up
 from reinforce.run.metrics import distinct, mean_and_error, mean_reward, rewards_of
 from reinforce.run.resume import date_of
-from reinforce.run.setup import set_up
 from reinforce.text import Prompt
 
 # the run's settings that a flag of evaluation replaces

@@ -10,7 +10,7 @@ from unittest import mock
 import split_probe
 import torch
 
-from reinforce.run import distributed, setup
+from reinforce.run import distributed, loading
 
 LORA = {"lora_rank": 3, "initial_policy_kl_penalty": 0.1}
 VARIANTS = {
@@ -21,7 +21,7 @@ VARIANTS = {
 
 
 def load(inputs):
-    actor = setup.load(inputs)
+    actor = loading.load(inputs)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in actor.model.named_parameters():

@@ -17,8 +17,9 @@ from reinforce.loss import normaliser, token_weights
 from reinforce.rollout import Batch, Rollout
 from reinforce.run import distributed
 from reinforce.run.config import TrainConfig
+from reinforce.run.loading import load
 from reinforce.run.resume import Start
-from reinforce.run.setup import Inputs, load
+from reinforce.run.setup import Inputs
 from reinforce.run.update import Update
 from reinforce.text import Prompt, response_ids
 

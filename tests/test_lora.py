@@ -26,7 +26,7 @@ from reinforce.logprobs import Scorer
 from reinforce.policy import blocks, load_policy, load_tokenizer, store_frozen
 from reinforce.run import checkpoint
 from reinforce.run.config import TrainConfig
-from reinforce.run.setup import set_up
+from reinforce.run.loading import set_up
 
 IDS = torch.tensor([[5, 7, 9, 11, 3], [4, 4, 8, 20, 6]])
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

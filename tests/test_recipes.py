@@ -27,7 +27,7 @@ from reinforce.policy import load_policy
 from reinforce.run import exits
 from reinforce.run.config import TrainConfig
 from reinforce.run.curves import draw_curves
-from reinforce.run.setup import set_up
+from reinforce.run.loading import set_up
 from reinforce.serving.reward_model import load_reward_model
 from train import judge
 

@@ -510,11 +510,11 @@ def test_flags_that_say_the_same_in_other_words_are_no_other_run(six, tmp_path):
 
 def test_another_run_is_refused_before_any_model_is_loaded(six, tmp_path, monkeypatch):
     """And the identity of a run that the guard refuses is never written, so its folder is free for the right command."""
-    from reinforce.run import setup
+    from reinforce.run import loading
 
     flags, right = six
     shutil.copytree(right, tmp_path / "run")
-    monkeypatch.setattr(setup, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     assert "holds another run" in go(flags, tmp_path / "run", 6, "--temperature", "0.7", code=2)
 
 

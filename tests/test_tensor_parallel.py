@@ -1,13 +1,16 @@
 """A team of two ranks holds one model: sampled tokens and gradients are those of one process."""
 
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import split_probe
 import torch
-from conftest import ROOT, script, torchrun, train_here
+from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from tensor_probe import VARIANTS
-from test_resume import assert_same, untimed
+from test_resume import assert_same, untimed, wait_for
 from test_split import errors, initial
 from transformers import GPT2Config, LlamaConfig
 
@@ -106,6 +109,25 @@ def test_a_killed_team_goes_on_bitwise(flags, tmp_path, how):
     out = torchrun(ranks, *words, tmp_path / "run")
     assert out.returncode == 0 and "going on after step 3 of 6" in out.stdout, out.stdout
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_team_that_is_told_to_end_saves_its_last_step_and_goes_on_bitwise(flags, tmp_path, number):
+    """The signal reaches torchrun, as Slurm's or a user's does, in the middle of a step."""
+    run, words = tmp_path / "run", [*flags, *SIZE, "--max-epochs", "9999", "--save-interval", "9999", "--log-dir"]
+    torchrun_words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py"]
+    job = subprocess.Popen([sys.executable, *map(str, [*torchrun_words, *words, run, "--max-steps", "9999"])],
+                           env=environment(OMP_NUM_THREADS=1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, job)
+    job.send_signal(number)
+    assert job.wait(60) != 0
+    done = len(metrics(run))
+    assert [f.name for f in checkpoint.steps(run)] == [f"step-{done:06d}"] and checkpoint.flaw(checkpoint.newest(run)) is None
+    for folder in (run, tmp_path / "whole"):
+        out = torchrun(2, *words, folder, "--max-steps", done + 2)
+        assert out.returncode == 0 and ("going on" in out.stdout) == (folder == run), out.stdout
+    assert_same(run, tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -198,7 +198,9 @@ class TrainConfig:
         32, "batch sizes", "responses in one forward and backward pass at most"
     )
     micro_batch_tokens: int = flag(
-        16384, "batch sizes", "tokens in one forward and backward pass at most, padding included"
+        16384,
+        "batch sizes",
+        "tokens in one forward and backward pass at most, with padding if it runs",
     )
     rollout_micro_batch_size: int = flag(
         64, "batch sizes", "responses sampled together, rounded down to whole groups"
