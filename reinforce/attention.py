@@ -7,8 +7,8 @@ of G Q queries instead of H heads of Q. One new token (Q = 1) then has the cache
 of them, instead of G times. Where a CPU has few scores to compute, it computes the formula in plain
 float32 operations: in bfloat16 the kernel is faster forwards, but two to four times slower with the
 backward pass (bench/attention.py). With gradient and without, so that policy and reference agree to
-the last bit. Everything else is transformers' own function. See "GQA", Ainslie et al. (2023, arXiv
-2305.13245).
+the last bit on the same rows. Everything else is transformers' own function. See "GQA", Ainslie et
+al. (2023, arXiv 2305.13245).
 """
 
 from typing import Any
@@ -29,13 +29,19 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa" attention: (B, H, Q, D) and the keys of L tokens -> (B, Q, H, D)."""
-    if (prompts := options.pop("shared_prompts", None)) is not None:  # of shared_prompt.py
+    """transformers' "sdpa" attention: (B, H, Q, D) and the keys of L tokens -> (B, Q, H, D).
 
-        def rows(*tensors: Tensor) -> Tensor:
+    With `shared_prompts`, of shared_prompt.py, the tokens of many sequences come in one line, and
+    the mask does not count. Raises ValueError for a layer with a window, which is not known there.
+    """
+    if (line := options.pop("shared_prompts", None)) is not None:
+        if options.get("sliding_window") is not None:
+            raise ValueError(f"{type(module).__name__} sees a window of the last tokens alone")
+
+        def attend_rows(*tensors: Tensor) -> Tensor:
             return attend(module, *tensors, **options)[0]
 
-        return prompts.attend(rows, query, key, value), None
+        return line.attend(attend_rows, query, key, value), None
     b, h, queries, d = query.shape
     shared = h // key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads

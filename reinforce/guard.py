@@ -23,7 +23,7 @@ from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks
 from reinforce.rollout import Rollout
 from reinforce.sampler import Sampling, row_seed, sample
-from reinforce.sharing import prompt_may_run_once
+from reinforce.sharing import why_whole_sequences
 
 GAP = 0.01  # nats a token; rounding in float32 gives 1e-5
 TOKENS = 3  # length of each response
@@ -36,7 +36,7 @@ class Verdict:
     """The measurements of a model that may be trained."""
 
     plain: bool  # logits are the output head applied to the last hidden states
-    shares_prompt: bool  # a prompt that runs once for all its rows gives the same
+    whole: str | None  # why whole sequences run; None: a prompt once for its rows is the same
     sampling: float  # largest |sampler's - scorer's logp| of a token
     padding: float  # largest |logp in a batch - logp alone| of a token
     unused: tuple[str, ...]  # parameters that no gradient reaches, without those of routed experts
@@ -84,7 +84,7 @@ def inspect(
         if max(gaps.values()) > GAP:
             _, again = _gaps(scorer, _sampled(scorer, _two(prompts, 1), pad_id))
             _refuse_gaps(gaps, again, f"{name}: {kind}")
-        shares = plain and prompt_may_run_once(model, rollout, logp, GAP)
+        whole = why_whole_sequences(model, rollout, logp, GAP) if plain else "its head is not plain"
         unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise
@@ -96,7 +96,7 @@ def inspect(
             f"({reason:.300})"
         ) from error
     sampling, padding = gaps.values()
-    return Verdict(plain, shares, sampling, padding, unused, time.monotonic() - start)
+    return Verdict(plain, whole, sampling, padding, unused, time.monotonic() - start)
 
 
 def _refuse_end_outside(model: nn.Module, end_ids: Sequence[int], name: str) -> None:

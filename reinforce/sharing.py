@@ -8,45 +8,53 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
+from reinforce.errors import first_line
 from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY
 from reinforce.rollout import Rollout
 from reinforce.sampler import cache_name
 
 
-def prompt_may_run_once(model: nn.Module, rollout: Rollout, logp: Tensor, gap: float) -> bool:
-    """Whether `shared_prompt` gives the scorer's logp (B, T), within `gap`, and its gradients.
+def why_whole_sequences(model: nn.Module, rollout: Rollout, logp: Tensor, gap: float) -> str | None:
+    """Why `shared_prompt` must not run this model; None where it may.
 
-    Compared is the length of each parameter's gradient. A model that raises cannot, nor one whose
-    cache forgets the beginning of a long text: the texts here are short.
+    It gives the scorer's logp (B, T) within `gap`, and the same length of each parameter's
+    gradient. Texts are short here, so what shows on long ones alone is read from the model.
     """
     shared = Scorer(model, plain=True, shares_prompt=True).to(logp.device)
     try:
         if _forgets(model, rollout):
-            return False
+            return "a layer does not see all earlier tokens"
         rows = (rollout.prompt, rollout.prompt_mask, rollout.response, rollout.mask)
         again: Tensor = shared(*rows)  # (B, T)
         if float((again - logp).detach().abs().nan_to_num(torch.inf).max()) > gap:
-            return False
+            return "log pi of a token changes"
         expected, found = _gradient_lengths(model, logp), _gradient_lengths(model, again)
     except OUT_OF_MEMORY:
         raise
-    except Exception:  # its cache is no plain one, and the model raises what it likes
-        return False
+    except Exception as error:  # a layer that is no such attention: the model raises what it likes
+        return f"shared_prompt.py: {first_line(error)}"
     longest = max(expected.values(), default=0.0)
-    return expected.keys() == found.keys() and all(
+    same = expected.keys() == found.keys() and all(
         abs(found[name] - value) <= 1e-3 * value + 1e-5 * longest
         for name, value in expected.items()
     )
+    return None if same else "a gradient changes"
 
 
 def _forgets(model: nn.Module, rollout: Rollout) -> bool:
-    """Whether a layer of the model's cache keeps a window of the last tokens alone."""
+    """Whether a layer keeps a window of the last tokens, or chooses among them.
+
+    Its cache says so. Llama 4 tells a token's place from its column, which is another in a line.
+    """
+    hf = cast(Any, model)
     with torch.no_grad():
-        out = cast(Any, model).base_model(input_ids=rollout.prompt, use_cache=True)
+        out = hf.base_model(input_ids=rollout.prompt, use_cache=True)
     layers = getattr(out, cache_name(out)).layers
-    return any(getattr(layer, "is_sliding", False) for layer in layers)
+    by_column = getattr(hf.config.get_text_config(), "attn_temperature_tuning", False)
+    return bool(by_column) or any(type(layer) is not DynamicLayer for layer in layers)
 
 
 def _gradient_lengths(model: nn.Module, logp: Tensor) -> dict[str, float]:

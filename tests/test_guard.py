@@ -256,15 +256,15 @@ def test_an_encoders_head_computes_in_float32_too(tmp_path):
 
 
 def test_a_prompt_is_shared_where_log_pi_and_every_gradient_stay_the_same():
-    assert judged(tiny_llama()).shares_prompt
+    assert judged(tiny_llama()).whole is None
     opt = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16)
-    assert judged(without_dropout(OPTForCausalLM(opt))).shares_prompt, "learned positions"
-    assert judged(tiny_llama(), checkpointing=True).shares_prompt
+    assert judged(without_dropout(OPTForCausalLM(opt))).whole is None, "learned positions"
+    assert judged(tiny_llama(), checkpointing=True).whole is None
 
 
 def test_a_prompt_is_not_shared_where_a_layer_forgets_or_stops_the_gradient(monkeypatch):
     mistral = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=64)
-    assert not judged(without_dropout(MistralForCausalLM(mistral))).shares_prompt, "a window, though the texts here are shorter"
+    assert "not see all earlier" in judged(without_dropout(MistralForCausalLM(mistral))).whole, "though the texts here are shorter"
     attend = SharedPrompts.attend
     monkeypatch.setattr(SharedPrompts, "attend", lambda row, by, q, k, v: attend(row, by, q, k.detach(), v.detach()))
-    assert not judged(tiny_llama()).shares_prompt, "equal log pi, but keys and values learn nothing"
+    assert judged(tiny_llama()).whole == "a gradient changes", "equal log pi, but keys and values learn nothing"

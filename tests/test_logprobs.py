@@ -248,29 +248,56 @@ def test_logits_are_float32_under_bf16_in_sampler_scorer_and_reference_and_the_l
     assert torch.equal(scored, frozen) and 0 < (out.logp - scored).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("longest", [9, 70])
-def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient(longest, checkpointing):
-    """Ragged prompts and responses, rows of three prompts in any order; lengths of 0 and 1, and some that attend apart."""
-    policy = tiny_llama()
+def ragged(longest):
+    """Six rows of three prompts in any order, responses of 0 to `longest` tokens, some of which attend apart."""
     draw = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(3, VOCABULARY, (n,), generator=draw) for n in (5, 2, 7)]
-    order, lengths = [0, 2, 1, 0, 2, 0], torch.tensor([3, 1, longest, 6, 0, longest // 2])
-    prompt = torch.stack([torch.cat([torch.zeros(7 - len(prompts[i]), dtype=torch.long), prompts[i]]) for i in order])
-    prompt_mask = torch.stack([torch.arange(7) >= 7 - len(prompts[i]) for i in order])
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=draw) for n in ((5, 2, 7) if longest > 1 else (1, 1, 1))]
+    order = [0, 2, 1, 0, 2, 0]
+    lengths = torch.tensor([3, 1, longest, 6, 0, longest // 2]) if longest > 1 else torch.ones(6, dtype=torch.long)
+    s = max(map(len, prompts))
+    prompt = torch.stack([torch.cat([torch.zeros(s - len(prompts[i]), dtype=torch.long), prompts[i]]) for i in order])
+    prompt_mask = torch.stack([torch.arange(s) >= s - len(prompts[i]) for i in order])
     response = torch.randint(3, VOCABULARY, (6, longest), generator=draw)
-    mask = torch.arange(longest) < lengths[:, None]
+    return prompt, prompt_mask, response, torch.arange(longest) < lengths[:, None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("longest", [1, 9, 70])
+def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient(longest, checkpointing):
+    policy, rows = tiny_llama(), ragged(longest)
     found = []
     for shares in (False, True):
         policy.zero_grad()
         if shares and checkpointing:
             assert checkpoint_blocks(policy)
-        logp = Scorer(policy, plain=True, shares_prompt=shares)(prompt, prompt_mask, response, mask)
+        logp = Scorer(policy, plain=True, shares_prompt=shares)(*rows)
         (logp * torch.arange(1, 7)[:, None]).sum().backward()
         found.append((logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
     (logp, gradient), (again, shared) = found
     torch.testing.assert_close(again, logp, atol=2e-5, rtol=0)
     assert (shared - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_under_autocast_the_line_of_tokens_is_as_exact_as_whole_sequences():
+    """Against float32: bfloat16 moves both by the same amount, and the gradients of a prompt's copies do not add up in it."""
+    policy, rows = tiny_llama(), ragged(70)
+    found = []
+    for shares, half in ((False, False), (False, True), (True, True)):
+        policy.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logp = Scorer(policy, plain=True, shares_prompt=shares)(*rows)
+        logp.sum().backward()
+        found.append((logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    (logp, gradient), *others = found
+    (whole_logp, whole_gradient), (line_logp, line_gradient) = [((a - logp).norm(), (b - gradient).norm()) for a, b in others]
+    assert 0 < line_logp <= 1.2 * whole_logp and 0 < line_gradient <= 1.2 * whole_gradient
+
+
+def test_a_rank_without_rows_has_gradients_of_zero(model):
+    part = rollout(model).take([])
+    logp = Scorer(model, plain=True, shares_prompt=True)(part.prompt, part.prompt_mask, part.response, part.mask)
+    logp.sum().backward()
+    assert logp.eq(0).all() and all(p.grad is not None and p.grad.eq(0).all() for p in model.parameters())
 
 
 def test_the_prompt_runs_once_whatever_the_number_of_its_rows_and_padding_does_not_run():
@@ -294,5 +321,5 @@ def test_a_layer_that_knows_nothing_of_the_row_of_tokens_is_an_error(layers):
             Lfm2Config(vocab_size=VOCABULARY, layer_types=list(layers), num_hidden_layers=2, **sizes)
         )
     ones = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="not all its layers"):
+    with pytest.raises(RuntimeError, match="not all its layers|must match the size"):
         Scorer(policy, plain=True, shares_prompt=True)(torch.full((2, 3), 3), ones, torch.full((2, 3), 4), ones)

@@ -73,7 +73,7 @@ def load(inputs: Inputs) -> Actor:
 
     def scorer_of(model: nn.Module) -> Scorer:
         sampled = (config.temperature, ends, config.min_new_tokens)
-        scorer = Scorer(model, verdict.plain, *sampled, verdict.shares_prompt)
+        scorer = Scorer(model, verdict.plain, *sampled, verdict.whole is None)
         return scorer.to(device) if team > 1 or not sharded else scorer
 
     host = offload.chosen(config, device)
@@ -161,6 +161,11 @@ def inspect(inputs: Inputs, model: nn.Module, source: str) -> guard.Verdict:
         print(
             f"{name}: this model does more than apply its head to hidden states; "
             "scoring with whole logits"
+        )
+    elif verdict.whole:
+        print(
+            f"{name}: prompts are computed again for each response, and padding with them "
+            f"({verdict.whole})"
         )
     if verdict.unused:
         shown = ", ".join(verdict.unused[:3])
