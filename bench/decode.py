@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import machine
 from reinforce import Sampling, row_seed, sample
 from reinforce import device as devices
+from reinforce.packed_weights import packed_weights
 
 K = 4
 PEAK_ROWS = 1024  # enough for a product to reach its best rate
@@ -52,7 +53,7 @@ def main() -> None:
         how = Sampling(t, (), 0)
 
         def work() -> None:
-            with devices.autocast(device, bf16):
+            with devices.autocast(device, bf16), packed_weights(model, bf16):
                 sample(model, prompts, seeds, how, device)
 
         return machine.median_seconds(work, args.repeats, device)

@@ -321,5 +321,5 @@ def test_a_layer_that_knows_nothing_of_the_row_of_tokens_is_an_error(layers):
             Lfm2Config(vocab_size=VOCABULARY, layer_types=list(layers), num_hidden_layers=2, **sizes)
         )
     ones = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="not all its layers|must match the size"):
+    with pytest.raises(RuntimeError, match=r"not all its layers|must match the size"):
         Scorer(policy, plain=True, shares_prompt=True)(torch.full((2, 3), 3), ones, torch.full((2, 3), 4), ones)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reinforce import device as devices
 from reinforce.logprobs import Scorer
+from reinforce.packed_weights import packed_weights
 from reinforce.refused import (
     SAMPLED,
     VALIDATION,
@@ -112,7 +113,8 @@ class Actor:
         seeds = [row_seed(self.config.seed, step, p.index, j) for p in prompts for j in range(k)]
         rows = max_rows or self.config.rollout_micro_batch_size
         ids = [p.ids for p in prompts]
-        with devices.autocast(self.device, self.bf16):
+        autocast = devices.autocast(self.device, self.bf16)
+        with autocast, packed_weights(self.policy, self.bf16):
             return sample_in_batches(self.policy.decode, ids, seeds, sampling, rows, self.device)
 
     def request_rewards(
