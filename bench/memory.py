@@ -116,6 +116,12 @@ class Counter(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's memory as long as it lives; a view has none of its own."""
+        if tensor.is_mkldnn:  # weights laid out for a CPU's sampling: they have no storage
+            size = tensor.numel() * tensor.element_size()
+            weakref.finalize(tensor, self._less, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            return
         storage = tensor.untyped_storage()
         key = weakref.ref(storage, self._gone)
         if key not in self._living and key not in self._on_host:
@@ -130,7 +136,10 @@ class Counter(TorchDispatchMode):
         self._on_host.add(key)
 
     def _gone(self, key: Any) -> None:
-        self.now -= self._living.pop(key, 0)
+        self._less(self._living.pop(key, 0))
+
+    def _less(self, size: int) -> None:
+        self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

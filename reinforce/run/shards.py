@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from reinforce import attention
 from reinforce.head import give_float32_logits
 from reinforce.logprobs import Scorer
 from reinforce.policy import without_dropout
@@ -30,6 +31,7 @@ def build(name: str) -> nn.Module | None:
     files = sorted(Path(name).glob("*.safetensors"))
     if not files:
         return None
+    attention.use_for_models()
     with _parameters_on_meta():
         config = AutoConfig.from_pretrained(name)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
