@@ -100,6 +100,7 @@ def running(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_runs_out_goes_on_when_requeued_and_ends_with_its_server(sbatch, tmp_path):
     """Two actor nodes; Slurm's USR1 comes to the batch script; then the same job again, on one node, until its server dies."""
     run = tmp_path / "run"
