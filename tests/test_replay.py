@@ -2,11 +2,13 @@
 
 import shutil
 
+import pytest
 from conftest import ROOT
 
 from bench.replay import CASES, Runner, differences, replay, with_few
 
 
+@pytest.mark.slow
 def test_a_checkout_repeats_itself_and_a_divisor_that_is_off_by_a_thousandth_is_found(toy_folder, tmp_path):
     """In the loss alone: what is sampled and rewarded in the first step is the same, the length of its gradient is not."""
     copy = tmp_path / "copy"

@@ -69,6 +69,7 @@ def test_a_size_that_the_ranks_or_the_model_cannot_have_is_refused_in_one_senten
         tensor_parallel.refuse_ranks(2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_team_has_the_metrics_of_one_process(flags, tmp_path):
     """train.py itself, with a KL penalty, ReMax and a server: rewards are on their way while the team's reference scores."""
     words = [*flags, "--baseline", "remax", "--max-steps", "2", "--log-dir"]
