@@ -163,14 +163,8 @@ class _Put(torch.autograd.Function):
         return grad.index_select(0, at), None, None
 
 
-class _Copies(torch.autograd.Function):
-    """x (m, ...) -> x[at] (n, ...), often the same; the gradients of copies add up in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
-        ctx.save_for_backward(at)
-        ctx.size = len(x)
-        return x.index_select(0, at)
+class _Copies(_Take):
+    """The same where `at` may hold a number often: the gradients of copies add up in float32."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
