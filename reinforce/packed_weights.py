@@ -1,9 +1,9 @@
 """Weights for sampling on a CPU in bfloat16, laid out once for all tokens of a rollout.
 
 A product of few rows takes as long as its weight takes to be read. oneDNN reads a layout of its own
-and makes it anew in each call from PyTorch's (out, in) matrix; here it is made once, 0.1 s for 135M
-parameters. The numbers are the same. bench/packed.py prints what it buys. Left out: the head, whose
-result is float32 (head.py), weights that are cut over ranks, and float32, where it buys little.
+and makes it anew in each call from PyTorch's (out, in) matrix; here it is made once. The numbers
+are the same, up to the order of a sum. bench/packed.py prints what it buys. Left out: the head,
+whose result is float32 (head.py), weights that are cut over ranks, and float32.
 """
 
 import functools

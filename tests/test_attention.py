@@ -129,3 +129,9 @@ def test_a_loaded_policy_samples_through_it(small, monkeypatch):
     assert torch.equal(out.response, again.response)
     torch.testing.assert_close(out.logp, again.logp)
     AttentionInterface.register("sdpa", attend)
+
+
+def test_a_line_of_tokens_is_refused_by_a_layer_with_a_window():
+    query, key, value = inputs(4)
+    with pytest.raises(ValueError, match="a window of the last tokens"):
+        attention.attend(Layer(), query, key, value, None, shared_prompts=object(), sliding_window=2)

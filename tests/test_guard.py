@@ -265,6 +265,9 @@ def test_a_prompt_is_shared_where_log_pi_and_every_gradient_stay_the_same():
 def test_a_prompt_is_not_shared_where_a_layer_forgets_or_stops_the_gradient(monkeypatch):
     mistral = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=64)
     assert "not see all earlier" in judged(without_dropout(MistralForCausalLM(mistral))).whole, "though the texts here are shorter"
+    by_column = tiny_llama()
+    by_column.config.attn_temperature_tuning = True  # as Llama 4's, which reads a token's column
+    assert "not see all earlier" in judged(by_column).whole
     attend = SharedPrompts.attend
     monkeypatch.setattr(SharedPrompts, "attend", lambda row, by, q, k, v: attend(row, by, q, k.detach(), v.detach()))
     assert judged(tiny_llama()).whole == "a gradient changes", "equal log pi, but keys and values learn nothing"

@@ -12,6 +12,7 @@ from reinforce.logprobs import Scorer
 from reinforce.loss import reinforce_loss
 from reinforce.policy import checkpoint_blocks, without_dropout
 from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.shared_prompt import _copies
 
 PROMPTS = [[1, 5, 9], [1, 7], [1, 4, 4, 8, 11, 3]]
 SEEDS = [row_seed(0, 0, i, k) for i in range(3) for k in range(4)]
@@ -279,7 +280,7 @@ def test_a_prompt_that_runs_once_for_its_rows_gives_the_same_logp_and_gradient(l
 
 
 def test_under_autocast_the_line_of_tokens_is_as_exact_as_whole_sequences():
-    """Against float32: bfloat16 moves both by the same amount, and the gradients of a prompt's copies do not add up in it."""
+    """Against float32: bfloat16 moves both by the same amount."""
     policy, rows = tiny_llama(), ragged(70)
     found = []
     for shares, half in ((False, False), (False, True), (True, True)):
@@ -291,6 +292,13 @@ def test_under_autocast_the_line_of_tokens_is_as_exact_as_whole_sequences():
     (logp, gradient), *others = found
     (whole_logp, whole_gradient), (line_logp, line_gradient) = [((a - logp).norm(), (b - gradient).norm()) for a, b in others]
     assert 0 < line_logp <= 1.2 * whole_logp and 0 < line_gradient <= 1.2 * whole_gradient
+
+
+def test_gradients_of_copies_add_up_in_float32():
+    """A sum of ones in bfloat16 stays at 256."""
+    x = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    _copies(x, torch.tensor([0, 1]).repeat_interleave(torch.tensor([1000, 3]))).sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and x.grad[:, 0].tolist() == [1000, 3]
 
 
 def test_a_rank_without_rows_has_gradients_of_zero(model):
@@ -310,7 +318,7 @@ def test_the_prompt_runs_once_whatever_the_number_of_its_rows_and_padding_does_n
 
 
 @pytest.mark.parametrize("layers", [("eager",), ("conv", "full_attention")])
-def test_a_layer_that_knows_nothing_of_the_row_of_tokens_is_an_error(layers):
+def test_a_layer_that_knows_nothing_of_the_line_of_tokens_is_an_error(layers):
     """Every token would see every other, or a convolution its neighbours of another sequence."""
     policy = tiny_llama()
     if layers == ("eager",):
