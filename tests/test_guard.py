@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,8 +33,10 @@ from reinforce import guard
 from reinforce.errors import ConfigError
 from reinforce.logprobs import Scorer
 from reinforce.policy import blocks, checkpoint_blocks, context_length, load_policy, load_tokenizer, without_dropout
+from reinforce.run import loading
 from reinforce.sampler import Sampling, row_seed, sample
 from reinforce.shared_prompt import SharedPrompts
+from reinforce.text import Prompt
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 11, 12], [1, 20, 21, 22], [1, 30]]
 TINY = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -271,3 +274,17 @@ def test_a_prompt_is_not_shared_where_a_layer_forgets_or_stops_the_gradient(monk
     attend = SharedPrompts.attend
     monkeypatch.setattr(SharedPrompts, "attend", lambda row, by, q, k, v: attend(row, by, q, k.detach(), v.detach()))
     assert judged(tiny_llama()).whole == "a gradient changes", "equal log pi, but keys and values learn nothing"
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_whole_sequences_are_said_with_the_reason_and_only_where_they_run(window, capsys):
+    model = without_dropout(MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2, sliding_window=window)))
+    inputs = SimpleNamespace(
+        policy_flag="--policy", data=SimpleNamespace(prompts=[Prompt(i, "", tuple(ids)) for i, ids in enumerate(PROMPTS)]),
+        tokenizer=SimpleNamespace(pad_token_id=0), config=SimpleNamespace(gradient_checkpointing=False), end_ids=[2],
+    )  # fmt: skip
+    loading.inspect(inputs, model, "it")
+    told = (
+        "--policy it: prompts are computed again for each response, and padding with them (a layer does not see all earlier tokens)"
+    )
+    assert (told in capsys.readouterr().out) == (window is not None)
