@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforce.kv_cache import give_room
 from reinforce.logprobs import policy_logits
 from reinforce.rollout import Rollout, join, positions
 
@@ -76,12 +77,13 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     if probs.ndim != 2 or coins.shape != (probs.shape[0], levels):
         got = f"{tuple(probs.shape)}, {tuple(coins.shape)}"
         raise ValueError(f"expected probs (B, V) and coins (B, {levels}), got {got}")
-    tree = [nn.functional.pad(probs, (0, 2**levels - probs.shape[1]))]  # (B, 2^levels)
-    while tree[-1].shape[1] > 1:
-        pairs = tree[-1].unflatten(1, (-1, 2))  # (B, n, 2)
-        tree.append(pairs[..., 0] + pairs[..., 1])
+    tree, sums = [], probs  # from the tokens to the root, each level half as long
+    while sums.shape[1] > 1:
+        level = nn.functional.pad(sums, (0, sums.shape[1] % 2))  # (B, 2 n)
+        tree.append(level)
+        sums = level.unflatten(1, (-1, 2)).sum(-1)  # (B, n)
     node = torch.zeros(len(probs), 1, dtype=torch.long, device=probs.device)  # (B, 1)
-    for level, coin in zip(reversed(tree[:-1]), coins.T, strict=True):
+    for level, coin in zip(reversed(tree), coins.T, strict=True):
         left, right = level.gather(1, 2 * node), level.gather(1, 2 * node + 1)  # (B, 1)
         node = 2 * node + (coin[:, None] * (left + right) >= left)
     return node[:, 0]
@@ -164,6 +166,7 @@ def sample(
     kept = cache_name(out)
     cache = getattr(out, kept)
     cache.batch_repeat_interleave(k)
+    give_room(cache)
     logits = out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
     prompt = prompt.repeat_interleave(k, 0)  # (B, S)
     prompt_mask = prompt_mask.repeat_interleave(k, 0)  # (B, S)

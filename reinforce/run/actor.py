@@ -33,6 +33,9 @@ from reinforce.run.update import Update
 from reinforce.sampler import Sampling, row_seed, sample_in_batches
 from reinforce.text import Prompt, reward_requests
 
+# --micro-batch-tokens by default; with more a CPU gains little (bench/update.py)
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
 
 class Clock:
     """Seconds that each kind of work took since `read` was called last."""
@@ -205,7 +208,8 @@ class Actor:
         one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
         """
         self.idle.drop()
-        most = self.config.micro_batch_size, self.config.micro_batch_tokens
+        tokens = self.config.micro_batch_tokens or MICRO_BATCH_TOKENS[self.device.type]
+        most = self.config.micro_batch_size, tokens
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
         groups = batch.rollout.groups if self.policy.shares_prompt else None
         group = None if groups is None else [groups[b] for b in update.rows]

@@ -197,10 +197,11 @@ class TrainConfig:
     micro_batch_size: int = flag(
         32, "batch sizes", "responses in one forward and backward pass at most"
     )
-    micro_batch_tokens: int = flag(
-        16384,
+    micro_batch_tokens: int | None = flag(
+        None,
         "batch sizes",
-        "tokens in one forward and backward pass at most, with padding if it runs",
+        "tokens in one forward and backward pass at most, with padding if it runs "
+        "(default: 2048, on a GPU 16384)",
     )
     rollout_micro_batch_size: int = flag(
         64, "batch sizes", "responses sampled together, rounded down to whole groups"
