@@ -28,9 +28,10 @@ VOCABULARY = 50
 def tiny_llama(seed=0, vocabulary=VOCABULARY, **extra):
     """Two layers with weights large enough for sharp distributions."""
     torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0, **extra,
+        vocab_size=vocabulary, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **{**sizes, **extra},
     )  # fmt: skip
     return without_dropout(LlamaForCausalLM(config))
 

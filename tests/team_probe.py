@@ -1,8 +1,11 @@
 """One process of a tensor parallel test: torchrun --nproc-per-node N team_probe.py FOLDER. Every rank checks, rank 0 writes FOLDER/ok.
 
-Teams of two ranks hold a model with biases and a vocabulary of an odd size; N / 2 teams share the rows of one loss.
+Teams of two ranks, or one of three, hold a model with biases and a vocabulary of an odd size; the teams share the rows of one loss.
+Rank 0 loads the model whole; the others do, or read their shards from its files.
 """
 
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -14,16 +17,18 @@ from conftest import tiny_llama
 
 from reinforce import optim
 from reinforce.logprobs import Scorer
-from reinforce.run import distributed, tensor_parallel
+from reinforce.run import distributed, shards, tensor_parallel
 
 CPU = torch.device("cpu")
+TEAM = 3 if os.environ["WORLD_SIZE"] == "3" else 2
 ROWS = torch.randint(3, 11, (4, 9), generator=torch.Generator().manual_seed(2))  # (B, S + T)
 WEIGHT = torch.tensor([1.0, -2.0, 0.5, 3.0])  # (B,)
 
 
 def made(tied):
-    """The same model on every rank; its biases are not 0."""
-    model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    """The same model on every rank; its biases are not 0. A team of three gets the heads of SmolLM2-135M."""
+    heads = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3} if TEAM == 3 else {}
+    model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, **heads)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,15 +70,23 @@ def check_gradient(model, scorer, wrapped, tied):
 
 
 def main(folder):
-    distributed.start(CPU, alone=False, tensor_parallel=2)
-    for parallel in ("ddp", "fsdp"):
-        for tied in (True, False):
-            model, scorer = made(tied)
-            whole = {name: p.detach().clone() for name, p in model.named_parameters()}
-            tensor_parallel.shard(model, CPU)
-            wrapped = distributed.wrap(scorer, CPU, parallel, False)
-            check_places(model, whole)
-            check_gradient(model, scorer, wrapped, tied)
+    distributed.start(CPU, alone=False, tensor_parallel=TEAM)
+    for parallel, tied, reads in itertools.product(("ddp", "fsdp"), (True, False), (True, False)):
+        model, scorer = made(tied)
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+        files = str(folder / f"tied-{tied}")
+        if distributed.rank() == 0:
+            model.save_pretrained(files)
+        distributed.gather([None])  # the files are there
+        if reads and distributed.rank() > 0:
+            model = shards.build(files)
+            scorer = Scorer(model, plain=True)
+        tensor_parallel.shard(model, CPU)
+        wrapped = distributed.wrap(scorer, CPU, parallel, False)
+        shards.read(scorer, files)
+        tensor_parallel.place_gradients(model)
+        check_places(model, whole)
+        check_gradient(model, scorer, wrapped, tied)
     if distributed.rank() == 0:
         (folder / "ok").touch()
     distributed.stop()

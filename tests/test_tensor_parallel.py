@@ -36,9 +36,11 @@ def test_a_team_samples_the_tokens_and_takes_the_gradient_of_one_process(small, 
             assert found[variant]["tokens"] == right["tokens"] and gradient <= 1e-5 and moved <= 1e-3
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_shards_norm_and_clipped_gradient_are_those_of_one_process(tmp_path, ranks):
-    """Models with biases, with tied and untied heads, and 51 tokens, of which no rank has as many as another."""
+    """Models with biases, with tied and untied heads, and 51 tokens, of which no rank has as many as another.
+
+    Three ranks are one team of a model with 9 query heads and 3 key heads."""
     out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, ROOT / "tests/team_probe.py", tmp_path,
                  OMP_NUM_THREADS=1)  # fmt: skip
     assert out.returncode == 0 and (tmp_path / "ok").exists(), out.stdout

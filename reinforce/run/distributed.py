@@ -272,13 +272,14 @@ def wrap(
     return wrapped
 
 
-def read_shards(module: nn.Module, parameters: dict[str, Tensor], folder: str) -> None:
-    """Read this rank's shards of the named parameters from the safetensors files of a folder.
-
-    `module` was wrapped while its parameters were on the meta device.
-    """
-    device = cast(DTensor, next(module.parameters())).device_mesh.device_type
+def give_memory(module: nn.Module) -> None:
+    """Memory, of any content, for this rank's shards of parameters that are on the meta device."""
+    device = next(p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor))
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+
+
+def read_shards(parameters: dict[str, Tensor], folder: str) -> None:
+    """Read this rank's shards of the named parameters from the safetensors files of a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says what no_dist says: each rank reads by itself
         load(dict(parameters), storage_reader=HuggingFaceStorageReader(folder), no_dist=True)

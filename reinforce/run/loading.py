@@ -74,18 +74,21 @@ def load(inputs: Inputs) -> Actor:
     def scorer_of(model: nn.Module) -> Scorer:
         sampled = (config.temperature, ends, config.min_new_tokens)
         scorer = Scorer(model, verdict.plain, *sampled, verdict.whole is None)
-        return scorer.to(device) if team > 1 or not sharded else scorer
+        if team > 1 or not sharded:
+            shards.move(scorer, device)
+        return scorer
 
     host = offload.chosen(config, device)
     scorer = scorer_of(model)
     # wrapped before the reference is loaded: a rank then never holds two whole models
     wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
     shards.read(scorer, stored)
+    tensor_parallel.place_gradients(model)
     reference: nn.Module | None = None
     if config.initial_policy_kl_penalty > 0 and config.lora_rank:
         reference = lora.Initial(scorer)
     elif config.initial_policy_kl_penalty > 0:
-        initial = shards.build(inputs.policy) if sharded and team == 1 else None
+        initial = shards.build(inputs.policy) if sharded or team > 1 else None
         if initial is None:
             initial = load_policy(inputs.policy, tokenizer, load_device, frozen_dtype=dtype)
         tensor_parallel.shard(initial.requires_grad_(False), device)
@@ -116,13 +119,13 @@ def load(inputs: Inputs) -> Actor:
 
 
 def load_first(inputs: Inputs, source: str, device: torch.device) -> nn.Module:
-    """The policy to inspect: whole on rank 0; under FSDP other ranks read their shards alone.
+    """The policy to inspect: whole on rank 0; of a sharded model others read their shards alone.
 
     Raises ConfigError on every rank.
     """
     whole = partial(load_policy, source, inputs.tokenizer, device, flag=inputs.policy_flag)
     team = inputs.config.tensor_model_parallel_size
-    if inputs.config.parallel != "fsdp" or team > 1:
+    if inputs.config.parallel != "fsdp" and team == 1:
         return whole()
     model: nn.Module | None = None
 

@@ -1,7 +1,7 @@
 """A model of which a rank reads its own shards alone, as slices of the safetensors files.
 
     build   the model, its parameters on the meta device, where they have no memory
-            (then `distributed.wrap` cuts them into shards)
+            (then `tensor_parallel.shard` and `distributed.wrap` cut them into shards)
     read    memory for this rank's shards, and their values from the files
 
 That works where the files hold the model's parameters by name and shape, as `save_pretrained`
@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reinforce import attention
@@ -46,16 +46,22 @@ def build(name: str) -> nn.Module | None:
     return give_float32_logits(without_dropout(model))
 
 
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move the module to `device`, but for what is on the meta device."""
+    module._apply(lambda t: t if t.is_meta else t.to(device))
+
+
 def read(scorer: Scorer, name: str) -> None:
     """Read this rank's shards of a model of `build`; one that was loaded whole stays as it is.
 
     So do adapters, which have their values.
     """
-    if next(scorer.parameters()).is_meta:
-        stored: dict[str, Tensor] = {
-            key: p for key, p in scorer.model.named_parameters() if p.is_meta
-        }
-        distributed.read_shards(scorer, stored, name)
+    missing = [key for key, parameter in scorer.model.named_parameters() if parameter.is_meta]
+    if not missing:
+        return
+    distributed.give_memory(scorer)
+    parameters = dict(scorer.model.named_parameters())
+    distributed.read_shards({key: parameters[key] for key in missing}, name)
 
 
 @contextlib.contextmanager

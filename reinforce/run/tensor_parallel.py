@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from reinforce.errors import ConfigError
 from reinforce.head import linear
-from reinforce.run import distributed
+from reinforce.run import distributed, shards
 from reinforce.tensor_plan import FLAG, refuse_model, refuse_version
 
 
@@ -46,7 +46,8 @@ def refuse_policy(config: Any, size: int, where: str) -> None:
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, cut in place over this rank's team, on `device`; as it is where that is one rank.
 
-    Every parameter becomes a shard of itself or stays whole, under the same name.
+    Every parameter becomes a shard of itself or stays whole, under the same name. One on the meta
+    device stays there.
     """
     mesh = distributed.team_mesh()
     if mesh is None:
@@ -60,15 +61,19 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     names = dict(model.named_modules()).keys() | dict(model.named_parameters()).keys()
     apply_tensor_parallelism(model, mesh, {n: style for n, style in plan.items() if n in names})
     hf.tie_weights()
-    for weight in model.parameters():
-        if isinstance(weight, DTensor) and weight.requires_grad:
-            # that of an embedding comes whole
-            placed = functools.partial(_placed, placements=weight.placements)
-            cast(Any, weight).register_hook(placed)
     head = hf.get_output_embeddings()
     if type(head) is nn.Linear and isinstance(head.weight, DTensor):
         cast(Any, head).forward = functools.partial(_logits, head)
-    return model.to(device)
+    shards.move(model, device)
+    return model
+
+
+def place_gradients(model: nn.Module) -> None:
+    """Let each gradient be cut as its weight is; that of an embedding comes whole."""
+    for weight in model.parameters():
+        if isinstance(weight, DTensor) and weight.requires_grad:
+            placed = functools.partial(_placed, placements=weight.placements)
+            cast(Any, weight).register_hook(placed)
 
 
 def _placed(grad: DTensor, placements: Any) -> DTensor:
