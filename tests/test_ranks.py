@@ -163,6 +163,7 @@ def test_a_rank_that_is_killed_ends_the_server_with_one_sentence(layout, busy, r
         assert set(statuses) <= {200}, "a client asks again where no answer comes, and not after a 500"
 
 
+@pytest.mark.slow
 def test_the_other_ranks_end_with_rank_0(reward_model, tmp_path):
     with server(tmp_path, reward_model, "data", "--inference-micro-batch-size", 1) as (address, job, ranks, _log):
         found = scores(address)[0]

@@ -11,7 +11,8 @@ from test_resume import assert_same
 from reinforce.run import shards
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_each_rank_gets_the_slices_of_the_file(tmp_path, ranks):
     """Tied and untied weights, learned positions; also with the shards on the host."""
     for name, model in {"tied": tiny_llama(tie_word_embeddings=True), "untied": tiny_llama(), "gpt2": tiny_gpt2()}.items():
