@@ -20,7 +20,7 @@ from reinforce.logprobs import Scorer
 from reinforce.run import distributed, shards, tensor_parallel
 
 CPU = torch.device("cpu")
-TEAM = 3 if os.environ["WORLD_SIZE"] == "3" else 2
+TEAM = 3 if os.environ.get("WORLD_SIZE") == "3" else 2
 ROWS = torch.randint(3, 11, (4, 9), generator=torch.Generator().manual_seed(2))  # (B, S + T)
 WEIGHT = torch.tensor([1.0, -2.0, 0.5, 3.0])  # (B,)
 
