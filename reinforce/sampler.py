@@ -77,13 +77,12 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     if probs.ndim != 2 or coins.shape != (probs.shape[0], levels):
         got = f"{tuple(probs.shape)}, {tuple(coins.shape)}"
         raise ValueError(f"expected probs (B, V) and coins (B, {levels}), got {got}")
-    tree, sums = [], probs  # from the tokens to the root, each level half as long
-    while sums.shape[1] > 1:
-        level = nn.functional.pad(sums, (0, sums.shape[1] % 2))  # (B, 2 n)
-        tree.append(level)
-        sums = level.unflatten(1, (-1, 2)).sum(-1)  # (B, n)
+    tree = [nn.functional.pad(probs, (0, 2**levels - probs.shape[1]))]  # (B, 2^levels)
+    while tree[-1].shape[1] > 1:
+        pairs = tree[-1].unflatten(1, (-1, 2))  # (B, n, 2)
+        tree.append(pairs[..., 0] + pairs[..., 1])
     node = torch.zeros(len(probs), 1, dtype=torch.long, device=probs.device)  # (B, 1)
-    for level, coin in zip(reversed(tree), coins.T, strict=True):
+    for level, coin in zip(reversed(tree[:-1]), coins.T, strict=True):
         left, right = level.gather(1, 2 * node), level.gather(1, 2 * node + 1)  # (B, 1)
         node = 2 * node + (coin[:, None] * (left + right) >= left)
     return node[:, 0]

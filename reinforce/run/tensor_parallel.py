@@ -69,7 +69,12 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def place_gradients(model: nn.Module) -> None:
-    """Let each gradient be cut as its weight is; that of an embedding comes whole."""
+    """Let each gradient be cut as its weight is; that of an embedding comes whole.
+
+    For a team's model whose weights have their memory; it does nothing where a team is one rank.
+    """
+    if distributed.team_mesh() is None:
+        return
     for weight in model.parameters():
         if isinstance(weight, DTensor) and weight.requires_grad:
             placed = functools.partial(_placed, placements=weight.placements)
