@@ -1,8 +1,10 @@
 """A reward server in this process, real sockets and threads, around any scoring function of completions."""
 
 import contextlib
+import json
 import socket
 import threading
+import time
 
 from reinforce.serving.batcher import Batcher
 from reinforce.serving.handler import RewardServer, Service
@@ -72,3 +74,39 @@ def ask(port, data, wait=20.0):
     with connect(port, wait) as connection:
         connection.sendall(data)
         return read_reply(connection)
+
+
+def query(*texts):
+    return request(json.dumps({"query": list(texts)}).encode())
+
+
+def rewards(reply):
+    head, data = reply
+    assert head.startswith(b"HTTP/1.1 200"), (head, data)
+    return json.loads(data)["rewards"]
+
+
+def health(port):
+    """Status of /health, and how long it took."""
+    start = time.monotonic()
+    head, _ = ask(port, request(path="/health"), wait=5)
+    return head.split(b" ")[1], time.monotonic() - start
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+class Gate:
+    """A scoring function that records its batches and waits for `open` before the first one."""
+
+    def __init__(self):
+        self.batches, self.open = [], threading.Event()
+
+    def __call__(self, items):
+        self.batches.append(items)
+        self.open.wait(10)
+        return [float(len(item)) for item in items]

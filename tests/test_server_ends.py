@@ -1,0 +1,196 @@
+"""How the endpoint ends, and how a client and a run go on after it: signals, kills, a function that hangs."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, small_flags
+from live import ask, connect, query, read_reply, rewards, until
+from test_server import serving
+
+from reinforce.rm_client import RewardClient
+
+
+def test_after_sigterm_every_reward_that_was_computed_is_delivered(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import time\n"
+        "def f(prompts, completions, labels):\n"
+        "    time.sleep(0.02)\n"
+        f"    open({str(tmp_path / 'scored')!r}, 'a').write('x' * len(prompts))\n"
+        "    return [1.0] * len(prompts)\n"
+    )
+    answers = []
+
+    def one_client(port):
+        with contextlib.suppress(ConnectionError), connect(port) as one:
+            while True:
+                one.sendall(query("a"))
+                head, data = read_reply(one)
+                if not head:
+                    return
+                answers.append((head.split(b" ")[1], data))
+
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", "--inference-micro-batch-size", 4) as (_, port, started):
+        threads = [threading.Thread(target=one_client, args=(port,)) for _ in range(48)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(20) == 0
+        for thread in threads:
+            thread.join(10)
+    good = [json.loads(data)["rewards"] for status, data in answers if status == b"200"]
+    assert good and all(reward == [1.0] for reward in good)
+    assert len(good) == len((tmp_path / "scored").read_text())
+    assert {status for status, _ in answers} <= {b"200", b"503"}
+
+
+FUNCTION = """
+import multiprocessing, os, signal, threading, time
+
+def square(n):
+    return float(n * n)
+
+def late(number, frame):
+    raise TimeoutError
+
+def f(prompts, completions, labels):
+    assert threading.current_thread() is threading.main_thread()
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(5)
+    except TimeoutError:
+        pass
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        values = pool.map(square, [len(c) for c in completions])
+    if any("hang" in c for c in completions):
+        time.sleep(1000)
+    return values
+"""
+
+
+def test_a_reward_function_may_use_a_fork_pool_and_signal_alarm_and_one_that_hangs_ends_the_process(tmp_path):
+    (tmp_path / "f.py").write_text(FUNCTION)
+    code = (
+        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.HANG_SECONDS = 2.0\n"
+        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
+    )
+    with (tmp_path / "log").open("w+") as log:
+        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        try:
+            until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
+            port = int((tmp_path / "ready").read_text().split()[1])
+            for _ in range(3):
+                assert rewards(ask(port, query("abc", "de"))) == [9.0, 4.0]
+            assert started.poll() is None, "the end of the pool's processes is not ours"
+            hung = connect(port)
+            hung.sendall(query("hang"))
+            assert started.wait(30) == 70, (tmp_path / "log").read_text()
+            hung.close()
+        finally:
+            started.kill()
+            started.wait()
+    assert "a forward took over 2 s" in (tmp_path / "log").read_text()
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
+
+
+def test_a_parent_that_ends_during_the_imports_is_noticed(tmp_path):
+    (tmp_path / "f.py").write_text("import time\ntime.sleep(60)\nf = len\n")
+    start = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, *sys.argv[1:]]); print(p.pid, flush=True); time.sleep(0.5)"
+    words = [str(ROOT / "serve_rm.py"), "--reward-fn", f"{tmp_path}/f.py:f", "--exit-with-parent"]
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.run(
+            [sys.executable, "-c", start, *words], env=environment(), text=True, stdout=subprocess.PIPE, stderr=log
+        )
+    child = int(parent.stdout)
+
+    def gone():
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return True
+        state = Path(f"/proc/{child}/stat")
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z"  # where nobody buries orphans
+
+    try:
+        until(gone, 30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_signal_while_it_loads_ends_it_with_code_0(tmp_path):
+    (tmp_path / "f.py").write_text(f"import time\nopen({str(tmp_path / 'loading')!r}, 'w')\ntime.sleep(60)\n")
+    started = subprocess.Popen([sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", f"{tmp_path}/f.py:f"], env=environment())
+    until(lambda: (tmp_path / "loading").exists(), 60)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(20) == 0
+
+
+def test_a_client_goes_on_within_five_seconds_of_the_return_of_a_killed_server(tmp_path):
+    """Killed in the middle of a request; the new one takes three seconds to warm up, in which it answers 503."""
+    slow = (
+        "import time\n{}def f(prompts, completions, labels):\n    time.sleep({})\n    return [float(len(c)) for c in completions]\n"
+    )
+    (tmp_path / "f.py").write_text(slow.format("", 5))
+    got = []
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, started):
+        client = RewardClient("127.0.0.1", port)
+        client.connect()
+        asking = threading.Thread(target=lambda: got.append((client.rewards(query=["abc", "de"]), time.monotonic())))
+        asking.start()
+        time.sleep(0.5)
+        started.kill()
+        started.wait()
+    (tmp_path / "f.py").write_text(slow.format("", 5).replace("sleep(5)", "sleep(0)"))
+    client._fingerprint = client._info = None  # the file is another one, which is not what is tested here
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", "--port", port):
+        ready = time.monotonic()
+        asking.join(20)
+    assert got and got[0][0] == [3.0, 2.0] and got[0][1] - ready < 5.0
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_killed_in_a_step_ends_bitwise_as_undisturbed(small, tmp_path):
+    """The new server takes six seconds to warm up; in that time it answers 503, and the trainer waits."""
+    late = tmp_path / "late"
+    (tmp_path / "f.py").write_text(
+        f"import os, time\nif os.path.exists({str(late)!r}):\n    time.sleep(6)\n"
+        "def f(prompts, completions, labels):\n    time.sleep(0.3)\n    return [len(c) / 10 for c in completions]\n"
+    )
+    weights = []
+    for name in ("undisturbed", "disturbed"):
+        flags = [*small_flags(small, "PORT"), "--val-check-interval", "99", "--log-dir", tmp_path / name]
+        with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, server):
+            words = [str(port) if word == "PORT" else str(word) for word in flags]
+            train = subprocess.Popen([sys.executable, ROOT / "train.py", *words], env=environment(OMP_NUM_THREADS=1),
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+            if name == "undisturbed":
+                out, _ = train.communicate(timeout=120)
+            else:
+                log, end = tmp_path / name / "metrics.jsonl", time.monotonic() + 60
+                while not log.exists() or not log.read_text():
+                    assert train.poll() is None and time.monotonic() < end
+                    time.sleep(0.02)
+                server.kill()
+                server.wait()
+        if name == "disturbed":
+            late.touch()
+            with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", "--port", port):
+                ready = time.monotonic()
+                out, _ = train.communicate(timeout=120)
+                assert time.monotonic() - ready < 30
+        assert train.returncode == 0, out
+        weights.append((tmp_path / name / "checkpoints/step-000003/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
