@@ -259,7 +259,8 @@ def test_an_older_transformers_is_refused_by_the_flag(monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--tensor-model-parallel-size", 2], "transformers has no tensor parallel plan for a gpt2 model"),
+    pytest.param(["--tensor-model-parallel-size", 2], "transformers has no tensor parallel plan for a gpt2 model",
+                 marks=pytest.mark.slow),
     pytest.param([], "torchrun started 2 processes: add --data-parallel", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_what_is_refused_ends_all_ranks_with_one_sentence_and_code_2(words, sentence, tmp_path):

@@ -32,6 +32,7 @@ WHOLE = {  # as it stands, under -m slow
     "torchrun train.py --log-dir runs/long": "waits for a time limit; test_resume.py",
 }
 SHORT = {  # with two steps, under -m slow
+    "./launch.sh\n": "test_end_to_end.py starts it, and makes more steps",
     "torchrun train.py --baseline rloo": "what ./launch.sh starts",
     "torchrun --nproc": "several ranks: test_end_to_end.py",
     "torchrun train.py --log-dir runs/mine": "an evaluation: test_recipes.py",
@@ -88,10 +89,11 @@ def of(table):
 
 
 def in_short():
-    """The commands that run with two steps; those of SHORT under -m slow."""
+    """The commands that run with two steps; under -m slow those of SHORT, and one that another page has as well."""
     chosen = [block for block in COMMANDS if not block.text.startswith((*WHOLE, *ELSEWHERE))]
-    slow = tuple(SHORT)
-    return [pytest.param(b, id=str(b), marks=pytest.mark.slow if b.text.startswith(slow) else ()) for b in chosen]
+    first = {block.text: block for block in reversed(chosen)}
+    slow = [b.text.startswith(tuple(SHORT)) or first[b.text] is not b for b in chosen]
+    return [pytest.param(b, id=str(b), marks=pytest.mark.slow if s else ()) for b, s in zip(chosen, slow, strict=True)]
 
 
 def prose(page):
