@@ -287,6 +287,7 @@ def test_a_missing_pytorch_and_an_old_python_are_one_sentence(name):
     assert out.returncode == 2 and out.stderr == f"{name}: this is Python 3.9; 3.10 or newer is needed\n"
 
 
+@pytest.mark.slow
 def test_torchruns_report_ends_with_the_reason_where_it_has_a_folder_for_it(tmp_path):
     """torchrun passes a file for the reason only where it keeps logs."""
     out = script("-m", "torch.distributed.run", "--standalone", "--log-dir", tmp_path, ROOT / "train.py", "--lr", "-1")

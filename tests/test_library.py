@@ -28,6 +28,7 @@ def test_every_export_is_there_and_none_is_a_submodule():
         _ = reinforce.nothing
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_module_and_can_be_imported_from_elsewhere(tmp_path):
     names = subprocess.run(["git", "ls-files", "reinforce", "recipes"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in [*names.split(), "pyproject.toml", "requirements.txt", "LICENSE", "train.py", "serve_rm.py"]:

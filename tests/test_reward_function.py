@@ -293,6 +293,7 @@ def test_a_run_that_may_leave_out_refused_responses_says_so_and_goes_on(server, 
     assert metrics(tmp_path / "b")[0]["refused"] == 0
 
 
+@pytest.mark.slow
 def test_of_two_ranks_the_first_alone_asks_and_both_end_with_its_reason(server, flags, labelled, tmp_path):
     s = server(refuse_first, info={**INFO, "max_texts": 99})
     out = torchrun(2, *flags, *labelled, "--rm-port", s.port, "--log-dir", tmp_path / "run")

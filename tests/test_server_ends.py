@@ -138,6 +138,7 @@ def test_a_signal_while_it_loads_ends_it_with_code_0(tmp_path):
     assert started.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_client_goes_on_within_five_seconds_of_the_return_of_a_killed_server(tmp_path):
     """Killed in the middle of a request; the new one takes three seconds to warm up, in which it answers 503."""
     slow = (

@@ -151,6 +151,7 @@ def is_server(pid, folder):
     return "python" in words[0] and any(w.endswith("serve_rm.py") for w in words) and any(str(folder) in w for w in words)
 
 
+@pytest.mark.slow
 def test_a_job_without_a_new_checkpoint_is_not_requeued(sbatch, tmp_path):
     """The signal comes before the first step: there is nothing to go on from, and a requeue would end the same way for ever."""
     job = sbatch("--max-epochs", 900)

@@ -195,6 +195,7 @@ def test_a_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch, capfd):
     assert "nobody/nothing:test: no such file here, asking the Hugging Face hub" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_and_nothing_old_is_served(tmp_path):
     """Not even to a file of the same size and time; several processes at once, as the ranks of a run, with one cache."""
     data, home = tmp_path / "data", tmp_path / "home"
