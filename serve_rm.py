@@ -11,7 +11,8 @@
 GET /health, /info and /metrics tell how it is. The wire format is OpenRLHF's `--remote_rm_url`. It
 answers on loopback; on any other address it wants a token. The model or the function has the main
 thread, HTTP another, and a third one ends the process after a signal or a forward that hangs. Of
-several processes rank 0 does all this, and the others only compute. Left out: TLS, several models.
+several processes rank 0 does all this, and the others only compute. What needs PyTorch imports it
+where it needs it, so that a function is served within a second. Left out: TLS, several models.
 """
 # ruff: noqa: E402
 
@@ -25,8 +26,7 @@ import dataclasses
 import errno
 import sys
 from pathlib import Path
-
-import transformers
+from typing import TYPE_CHECKING
 
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
@@ -34,20 +34,21 @@ from reinforce.rm_connection import read_token
 from reinforce.serving.batcher import Batcher
 from reinforce.serving.body import max_body
 from reinforce.serving.config import ServeConfig
-from reinforce.serving.distributed import Ranks, processes, rank
 from reinforce.serving.gate import is_loopback
 from reinforce.serving.handler import RewardServer, Service
+from reinforce.serving.load import load_reward
+from reinforce.serving.processes import processes, rank
 from reinforce.serving.protocol import MAX_TEXTS
-from reinforce.serving.reward import Reward, load_reward
+from reinforce.serving.reward import Reward
 from reinforce.serving.watch import Watch
-from reinforce.tensor_plan import refuse_version
+
+if TYPE_CHECKING:
+    from reinforce.serving.distributed import Ranks
 
 
 def serve(config: ServeConfig) -> int:
     """Bind, load, warm up, answer until a signal; the exit code. Raises ConfigError."""
     config.check_processes(processes())
-    if config.tensor_model_parallel_size > 1:
-        refuse_version(config.tensor_model_parallel_size)
     if rank() > 0:
         return follow(config)
     token = read_token()
@@ -69,7 +70,7 @@ def serve(config: ServeConfig) -> int:
     try:
         ends_with_parent = config.exit_with_parent or processes() > 1  # the parent is torchrun
         with Watch(server, PARENT if ends_with_parent else None):
-            ranks = Ranks(config.tensor_model_parallel_size) if processes() > 1 else None
+            ranks = join(config) if processes() > 1 else None
             batcher, service = load(config, ranks)
             server.service = service
             announce(config, server.server_port, service.reward.model)
@@ -81,14 +82,24 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
+def join(config: ServeConfig) -> "Ranks":
+    """All processes of the server. Raises ConfigError."""
+    from reinforce.serving.distributed import Ranks
+    from reinforce.tensor_plan import refuse_version
+
+    if config.tensor_model_parallel_size > 1:
+        refuse_version(config.tensor_model_parallel_size)
+    return Ranks(config.tensor_model_parallel_size)
+
+
 def follow(config: ServeConfig) -> int:
     """Compute for rank 0 until that ends; the exit code. Raises ConfigError."""
-    ranks = Ranks(config.tensor_model_parallel_size)
+    ranks = join(config)
     ranks.follow(ranks.together(lambda: warm_reward(config)).score)
     return 0
 
 
-def load(config: ServeConfig, ranks: Ranks | None) -> tuple[Batcher, Service]:
+def load(config: ServeConfig, ranks: "Ranks | None") -> tuple[Batcher, Service]:
     """The reward, warm, and the worker that is to own it. Raises ConfigError."""
     batch = config.inference_micro_batch_size
     if ranks is None:
@@ -105,6 +116,11 @@ def load(config: ServeConfig, ranks: Ranks | None) -> tuple[Batcher, Service]:
 
 def warm_reward(config: ServeConfig) -> Reward:
     """The reward after its first forward pass. Raises ConfigError."""
+    if config.reward_fn is None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     if config.reward_model is None and config.reward_fn is None:
         from recipes import toy
 
@@ -126,8 +142,6 @@ def announce(config: ServeConfig, port: int, model: str) -> None:
 
 def main() -> None:
     """Exit code 0 after a signal, 1 for a failure, 2 for your configuration, 70 for a hang."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     try:
         sys.exit(serve(parse(ServeConfig, __doc__)))
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
     pip install --no-deps trl==1.16.0 accelerate     for this script alone
     python bench/step.py --policy cache/smollm2/policy --case forced
+    python bench/step.py --case toy --batches 16 32 64 --steps 20   its own policy and prompts
 
 Both sides have the same model, prompts, K = 4, lengths, reward function and threads, a learning
 rate of 0 (ours: 1e-30), a KL penalty, and an allocator that keeps freed memory. Ours asks a reward
@@ -23,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -33,10 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-K, PROMPTS = 4, 4
+from recipes import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+K = 4
 TOPICS = [
     "rivers",
     "winter",
@@ -61,20 +65,26 @@ class Case:
     forced: bool  # every response has as many
     ask: str = "Name one thing about {}, in one short sentence."
     prompt_words: int = 0  # appended to the question
+    prompts: int = 4
 
 
 CASES = {
     "forced": Case(64, True),
     "natural": Case(256, False, "Tell me about {} in two sentences."),
     "long": Case(32, True, prompt_words=380),  # about 512 prompt tokens
+    "toy": Case(24, False, prompts=16),
 }
 
 
-def prompts(case: Case, count: int) -> list[list[dict[str, str]]]:
-    """Chats, each about another topic."""
+def lines(name: str, count: int) -> list[dict[str, Any]]:
+    """Lines of a data file: chats, each about another topic; of the toy its own prompts."""
+    if name == "toy":
+        rng = random.Random(0)
+        return [{"prompt": toy.make_prompt(rng)[0]} for _ in range(count)]
+    case = CASES[name]
     padding = " ".join(TOPICS[i % len(TOPICS)] for i in range(case.prompt_words))
     texts = [f"{case.ask.format(TOPICS[i % len(TOPICS)])} {padding}".strip() for i in range(count)]
-    return [[{"role": "user", "content": text}] for text in texts]
+    return [{"messages": [{"role": "user", "content": text}]} for text in texts]
 
 
 def variety(prompts: Any, completions: Any, **_: Any) -> list[float]:
@@ -83,11 +93,12 @@ def variety(prompts: Any, completions: Any, **_: Any) -> list[float]:
     return [float(len(set(text.split()))) for text in texts]
 
 
-def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict[str, Any]:
+def ours(policy: str, name: str, steps: int, precision: str, port: int) -> dict[str, Any]:
     """Seconds of each step, from the end of one to the end of the next."""
     import train
     from reinforce.run.run import Run
 
+    case = CASES[name]
     imports = peak()
     ends: list[float] = []
     longest: list[int] = []
@@ -101,8 +112,9 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
     Run.finished = noted  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "prompts.jsonl"
-        lines = [json.dumps({"messages": m}) for m in prompts(case, PROMPTS * (steps + 1))]
-        data.write_text("\n".join(lines) + "\n")
+        data.write_text(
+            "".join(json.dumps(line) + "\n" for line in lines(name, case.prompts * (steps + 1)))
+        )
         run = f"{folder}/run"
         # the last token may be an end token: the length is the same
         least = ("--min-new-tokens", str(case.tokens - 1)) if case.forced else ()
@@ -110,7 +122,7 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
             "train.py",
             *("--policy", policy, "--train-data", str(data), "--log-dir", run),
             *("--rm-host", "127.0.0.1", "--rm-port", str(port), "--lr", "1e-30"),
-            *("--num-rollout-samples", str(PROMPTS), "--num-rollouts-per-prompt", str(K)),
+            *("--num-rollout-samples", str(case.prompts), "--num-rollouts-per-prompt", str(K)),
             *("--max-new-tokens", str(case.tokens), *least, "--precision", precision),
             *("--max-steps", str(steps + 1), "--save-interval", "99", "--save-top-k", "0"),
         ]
@@ -130,7 +142,7 @@ def ours(policy: str, case: Case, steps: int, precision: str, port: int) -> dict
     }
 
 
-def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict[str, Any]:
+def trl(policy: str, name: str, steps: int, precision: str, batch: int) -> dict[str, Any]:
     """The same for TRL."""
     import torch
     from datasets import Dataset
@@ -139,6 +151,7 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
 
     from reinforce.run.allocator import keep_freed_memory
 
+    case = CASES[name]
     keep_freed_memory()  # as train.py does
     imports = peak()
     ends: list[float] = []
@@ -158,7 +171,7 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
         args = RLOOConfig(
             output_dir=folder,
             per_device_train_batch_size=batch,
-            gradient_accumulation_steps=PROMPTS * K // batch,
+            gradient_accumulation_steps=case.prompts * K // batch,
             num_generations=K,
             max_completion_length=case.tokens,
             generation_kwargs={"min_new_tokens": case.tokens} if case.forced else None,
@@ -181,7 +194,9 @@ def trl(policy: str, case: Case, steps: int, precision: str, batch: int) -> dict
             model=policy,
             args=args,
             reward_funcs=variety,
-            train_dataset=Dataset.from_list([{"prompt": p} for p in prompts(case, 64)]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": line.get("messages", line.get("prompt"))} for line in lines(name, 64)]
+            ),
             processing_class=AutoTokenizer.from_pretrained(policy),
             callbacks=[Clock()],
         )
@@ -244,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", required=True, help="folder of the language model")
+    parser.add_argument("--policy", help="folder of the language model; the toy has its own")
     parser.add_argument("--case", choices=tuple(CASES), default="forced", help="what is sampled")
     parser.add_argument("--steps", type=int, default=2, help="steps of a process that count")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
@@ -258,11 +273,14 @@ def main() -> None:
         "--side", nargs="*", help="one measurement: ours PRECISION PORT, or trl ..."
     )
     args = parser.parse_args()
-    case = CASES[args.case]
+    if args.policy is None:
+        if args.case != "toy":
+            parser.error("--policy: missing")
+        args.policy = str(toy.prepare() / "policy")
     if args.side:
         name, precision, number = args.side
         side = ours if name == "ours" else trl
-        found = side(args.policy, case, args.steps, precision, int(number))
+        found = side(args.policy, args.case, args.steps, precision, int(number))
         found["peak"] = peak()
         print(json.dumps(found))
         return

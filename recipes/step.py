@@ -42,8 +42,9 @@ from reinforce.run.exits import run
 from reinforce.sampler import CPU, Sampling, row_seed, sample
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.function import FunctionError
+from reinforce.serving.load import load_reward
 from reinforce.serving.protocol import parse_request
-from reinforce.serving.reward import Reward, load_reward
+from reinforce.serving.reward import Reward
 from reinforce.text import Prompt, response_ids, reward_requests
 
 K, BETA, BETAS, MAX_GRAD_NORM = 4, 0.05, (0.9, 0.95), 1.0  # train.py's defaults

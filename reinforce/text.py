@@ -9,10 +9,12 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from reinforce.errors import ConfigError
-from reinforce.rollout import Rollout
+
+if TYPE_CHECKING:  # the reward server reads texts without PyTorch
+    from reinforce.rollout import Rollout
 
 TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
     "{{ bos_token }}{% for m in messages %}"
@@ -114,7 +116,7 @@ def decoded(
     return text[len(tokenizer.decode(list(prompt), **options)) :]
 
 
-def response_ids(rollout: Rollout) -> list[list[int]]:
+def response_ids(rollout: "Rollout") -> list[list[int]]:
     """Token ids of each row's response, end token included."""
     return [
         row[:n] for row, n in zip(rollout.response.tolist(), rollout.length.tolist(), strict=True)
@@ -122,7 +124,7 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def reward_requests(
-    tokenizer: Any, prompts: Sequence[Prompt], rollout: Rollout, as_text: bool
+    tokenizer: Any, prompts: Sequence[Prompt], rollout: "Rollout", as_text: bool
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
     """The requests that cover a rollout of B rows, each as its rows and what it sends of them.
 

@@ -168,6 +168,16 @@ def test_a_file_may_import_its_neighbours_then_and_later_and_they_hide_no_other_
         assert call((host, port), "POST", "/get_reward", {"query": ["abc"]})[1]["rewards"] == [3.5]
 
 
+def test_a_function_is_served_without_pytorch_unless_it_imports_it_itself(tmp_path):
+    """It takes seconds to import and hundreds of MiB."""
+    (tmp_path / "loaded.py").write_text(
+        "import sys\ndef loaded(prompts, completions, labels):\n    return [float(name in sys.modules) for name in completions]\n"
+    )
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/loaded.py:loaded") as (host, port, _):
+        status, answer = call((host, port), "POST", "/get_reward", {"query": ["torch", "transformers", "json"]})
+    assert status == 200 and answer["rewards"] == [0.0, 0.0, 1.0]
+
+
 FAILING = """
 import sys
 

@@ -115,8 +115,8 @@ def test_the_day_of_a_template_is_the_flags_and_belongs_to_the_fingerprint(small
     import shutil
 
     from reinforce.serving.config import ServeConfig
+    from reinforce.serving.load import load_reward
     from reinforce.serving.protocol import Text
-    from reinforce.serving.reward import load_reward
 
     folder = tmp_path / "rm"
     shutil.copytree(small / "reward_model", folder)

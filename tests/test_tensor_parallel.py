@@ -1,5 +1,6 @@
 """A team of two ranks holds one model: sampled tokens and gradients are those of one process."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import torch
 from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from tensor_probe import VARIANTS
 from test_resume import assert_same, untimed, wait_for
+from test_server import serving
 from test_split import errors, initial
 from transformers import GPT2Config, LlamaConfig
 
+from recipes import smollm2
 from reinforce.errors import ConfigError
 from reinforce.run import checkpoint, tensor_parallel
 
@@ -79,6 +82,26 @@ def test_a_run_of_a_team_has_the_metrics_of_one_process(flags, tmp_path):
     out = torchrun(2, *words, tmp_path / "team", *SIZE, timeout=120)
     assert out.returncode == 0, out.stdout
     for a, b in zip(untimed(tmp_path / "team"), untimed(tmp_path / "one"), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert a[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(smollm2.missing_packages(model_too=True, reward_too=False)), reason="SmolLM2's packages are not installed")
+def test_smollm2_itself_on_a_team_of_three_has_the_responses_and_metrics_of_one_process(tmp_path):
+    """Its own weights: 9 query heads, 3 key heads, a tied head of 49,152 tokens. Two steps, the second after an update."""
+    folder = smollm2.prepare()
+    with serving(tmp_path, "--reward-fn", f"{ROOT}/bench/step.py:variety") as (_, port, _process):
+        words = ["--policy", folder / "policy", "--train-data", folder / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port,
+                 "--num-rollout-samples", "3", "--num-rollouts-per-prompt", "2", "--max-new-tokens", "12", "--precision", "fp32",
+                 "--max-steps", "2", "--lr", "1e-5", "--save-top-k", "0", "--log-dir"]  # fmt: skip
+        for ranks, how in ((1, ()), (3, ("--tensor-model-parallel-size", "3"))):
+            out = torchrun(ranks, *words, tmp_path / str(ranks), *how, timeout=600)
+            assert out.returncode == 0, out.stdout
+    one, team = ([json.loads(line)["response"] for line in (tmp_path / n / "rollouts.jsonl").open()] for n in "13")
+    assert one == team and len(set(one)) > 1
+    for a, b in zip(untimed(tmp_path / "3"), untimed(tmp_path / "1"), strict=True):
         assert a.keys() == b.keys()
         for key, value in b.items():
             assert a[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], key)

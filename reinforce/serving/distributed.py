@@ -21,26 +21,12 @@ import torch
 import torch.distributed as dist
 
 from reinforce.errors import ConfigError, first_line
+from reinforce.serving.processes import processes, rank
 
 T = TypeVar("T")
 Items = list[Any]  # token ids of each text
 Score = Callable[[Items], list[float]]
 FOREVER = timedelta(days=365)  # for a server that nobody asks
-
-
-def rank() -> int:
-    """This process's number; 0 answers HTTP."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """This process's number on its machine, and that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def processes() -> int:
-    """Number of processes of the server."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share(items: Sequence[T], copies: int) -> list[list[T]]:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from reinforce.serving.line import Taken
+from reinforce.serving.memory import empty_cache, is_out_of_memory
 
 
 class NotFiniteError(Exception):
@@ -49,7 +48,7 @@ class Forward:
                 for request in requests:
                     self([text for text in batch if text[0] is request])
                 return
-            if not isinstance(error, torch.OutOfMemoryError):
+            if not is_out_of_memory(error):
                 report = "".join(traceback.format_exception(error))
                 print(report.encode("unicode_escape").decode(), file=sys.stderr)
             batch[0][0].fail(error)
@@ -71,11 +70,12 @@ class Forward:
             self.counts.forwards += 1
             self.counts.last_batch = len(items)
             return self._score(items)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.counts.out_of_memory += 1
             if len(items) == 1:
                 raise
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
             middle = len(items) // 2
             return self._halving(items[:middle]) + self._halving(items[middle:])

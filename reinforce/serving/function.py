@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from reinforce.errors import ConfigError
 from reinforce.plugin import Named, blame, load_named
+from reinforce.serving.memory import is_out_of_memory
 
 FLAG = "--reward-fn"
 GIVEN = ("prompts", "completions", "labels")
@@ -38,9 +37,9 @@ class RewardFunction:
         """Whatever the function returns. Raises FunctionError for whatever it raises."""
         try:
             return self.named.value(prompts=prompts, completions=completions, labels=labels)
-        except torch.OutOfMemoryError:  # fewer texts may fit
-            raise
         except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise
             raise FunctionError(blame(error, self.named.file)) from error
 
 

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from reinforce.serving.batcher import Batcher, LateError
 from reinforce.serving.body import MAX_BODY
 from reinforce.serving.connection import ANSWER_SECONDS, late
@@ -18,6 +16,7 @@ from reinforce.serving.forward import NotFiniteError
 from reinforce.serving.function import FunctionError
 from reinforce.serving.http import HttpError, Reply, Request, json_body
 from reinforce.serving.items import read
+from reinforce.serving.memory import is_out_of_memory
 from reinforce.serving.metrics import metrics
 from reinforce.serving.reward import Reward
 from reinforce.serving.server import Server
@@ -102,12 +101,12 @@ class RewardServer(Server):
         except NotFiniteError:
             reason = "the reward model gave NaN or infinity"
             return HttpError(500, "non_finite", reason).reply()
-        except torch.OutOfMemoryError:
-            reason = "one text alone does not fit the device"
-            return HttpError(507, "out_of_memory", reason).reply()
         except FunctionError as error:
             return HttpError(500, "failed", str(error)).reply()
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                reason = "one text alone does not fit the device"
+                return HttpError(507, "out_of_memory", reason).reply()
             return HttpError(500, "failed", "the reward model failed; see the server's log").reply()
         finally:
             self._in_flight -= 1
