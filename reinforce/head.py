@@ -2,8 +2,9 @@
 
 A logit of 20 in bfloat16 is off by up to 0.06, and so is log pi. The sampler, the scorer and the
 reference all call the head, so the rule stands here, once: under autocast the operands of its
-product are bfloat16, the sum and the result float32. Left out: heads that are not a plain linear
-layer, whose result is only cast.
+product are bfloat16, the sum and the result float32. The products of its gradients are bfloat16
+whole, as those of every other layer. Left out: heads that are not a plain linear layer, whose
+result is only cast.
 """
 
 import contextlib
@@ -24,22 +25,21 @@ class _HalfProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight)
-        with _rounded_operands():
-            if _on_gpu(weight):
-                return torch.mm(states, weight.t(), out_dtype=torch.float32)
+        if _on_gpu(weight):
+            return torch.mm(states, weight.t(), out_dtype=torch.float32)
+        with rounded_operands():
             return states @ weight.t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        states, weight = ctx.saved_tensors
-        grad = grad.to(states.dtype)  # (n, V)
+        states, weight = (x.bfloat16() for x in ctx.saved_tensors)
+        grad = grad.bfloat16()  # (n, V)
         of_states, of_weight = ctx.needs_input_grad
-        with _rounded_operands():
-            return grad @ weight if of_states else None, grad.t() @ states if of_weight else None
+        return grad @ weight if of_states else None, grad.t() @ states if of_weight else None
 
 
 @contextlib.contextmanager
-def _rounded_operands() -> Iterator[None]:
+def rounded_operands() -> Iterator[None]:
     """A block in which a CPU's float32 products round their operands to bfloat16.
 
     The sums stay float32. A processor without bfloat16 instructions computes in float32.
@@ -96,6 +96,11 @@ def give_float32_logits(model: nn.Module) -> nn.Module:
     if type(head) is nn.Linear:
         cast(Any, head).forward = functools.partial(_forward, head)
     return model
+
+
+def has_float32_logits(layer: nn.Module) -> bool:
+    """Whether this is a head that `give_float32_logits` has changed."""
+    return getattr(vars(layer).get("forward"), "func", None) is _forward
 
 
 def _forward(head: nn.Module, states: Tensor) -> Tensor:

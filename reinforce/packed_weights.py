@@ -1,20 +1,22 @@
-"""Weights for sampling on a CPU in bfloat16, laid out once for all tokens of a rollout.
+"""Weights for sampling on a CPU, laid out once for all tokens of a rollout.
 
 A product of few rows takes as long as its weight takes to be read. oneDNN reads a layout of its own
 and makes it anew in each call from PyTorch's (out, in) matrix; here it is made once. The numbers
-are the same, up to the order of a sum. bench/packed.py prints what it buys. Left out: the head,
-whose result is float32 (head.py), weights that are cut over ranks, and float32.
+are the same, up to the order of a sum. `bench/sampling.py --lever weights` prints what it buys.
+Left out: weights that are cut over ranks, and small ones, as the toy's.
 """
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reinforce.head import has_float32_logits, rounded_operands
+
 ROWS = 8  # of the product that the layout is chosen for
+SMALL = 2**16  # numbers of a weight; below, the call costs more than the layout saves
 
 
 @contextmanager
@@ -23,34 +25,46 @@ def packed_weights(model: nn.Module, bf16: bool) -> Iterator[None]:
 
     For forward passes without gradient; nothing in the block may change a weight.
     """
-    layers: list[Any] = [m for m in model.modules() if bf16 and _may_be_packed(m)]
+    layers = [m for m in model.modules() if _may_be_packed(m)]
+    replaced = [(layer, vars(layer).get("forward")) for layer in layers]
     for layer in layers:
-        bias = None if layer.bias is None else layer.bias.detach().bfloat16()
-        layer.forward = functools.partial(_product, _packed(layer.weight), bias)
+        layer.forward = _packed_forward(layer, bf16)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in replaced:
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _may_be_packed(layer: Any) -> bool:
-    """Whether this is a plain linear layer on a CPU whose forward nobody has replaced."""
+    """Whether this is a plain layer of some size on a CPU, its forward PyTorch's or head.py's."""
     return (
         type(layer) is nn.Linear
-        and "forward" not in vars(layer)
+        and ("forward" not in vars(layer) or has_float32_logits(layer))
         and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and layer.weight.numel() >= SMALL
         and not hasattr(layer.weight, "full_tensor")
         and torch.backends.mkldnn.is_available()
     )
 
 
-def _packed(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), ROWS)
-    return packed
+def _packed_forward(layer: Any, bf16: bool) -> Callable[[Tensor], Tensor]:
+    """The layer's forward, from a copy of its weight."""
+    is_head = has_float32_logits(layer)
+    dtype = torch.bfloat16 if bf16 and not is_head else torch.float32
+    rounds = rounded_operands if bf16 and is_head else nullcontext  # a head's, as in head.py
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    with rounds():
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), ROWS)
 
+    def product(x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        with rounds():
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x.to(dtype), weight, bias, "none", [], ""
+            )
+            return y
 
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x (..., in) -> (..., out) bfloat16, as autocast would have it."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, "none", [], "")
-    return y
+    return product
