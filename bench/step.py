@@ -335,10 +335,10 @@ def compare(args: argparse.Namespace) -> None:
 def summary(result: dict[str, Any]) -> str:
     """Seconds, mean length, memory, and what the time went into."""
     seconds = statistics.median(result["seconds"])
-    parts = " ".join(f"{name} {value:.1f}" for name, value in result.get("parts", {}).items())
+    parts = " ".join(f"{name} {value:.2g}" for name, value in result.get("parts", {}).items())
     length, longest, most, static = (result[n] for n in ("length", "longest", "peak", "static"))
     return (
-        f"{seconds:.1f} s, {length:.0f} tokens a response, {longest:.0f} the longest, "
+        f"{seconds:.3g} s, {length:.0f} tokens a response, {longest:.0f} the longest, "
         f"{most:.1f} GiB, {most - static:.1f} beyond {static:.1f} {parts}"
     )
 

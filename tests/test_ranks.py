@@ -19,6 +19,7 @@ from recipes import toy
 from reinforce.errors import ConfigError
 from reinforce.run.children import family
 from reinforce.serving.config import ServeConfig
+from reinforce.serving.load import load_reward
 from reinforce.serving.reward_model import load_reward_model, query_ids, score
 from reinforce.serving.tensor_parallel import check_model
 from reinforce.tensor_plan import refuse_version
@@ -247,7 +248,7 @@ def test_without_accelerate_the_flag_is_refused_by_name(reward_model, monkeypatc
 
 def test_a_folder_that_is_missing_is_still_one_sentence():
     with pytest.raises(ConfigError, match="--reward-model /no/where: no such folder"):
-        check_model("/no/where", 2, torch.device("cpu"))
+        load_reward(ServeConfig(reward_model="/no/where", tensor_model_parallel_size=2))
 
 
 def test_an_older_transformers_is_refused_by_the_flag(monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 
+from reinforce.hub import refuse_missing_path
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.reward import Reward, function_reward
 
@@ -15,9 +16,11 @@ def load_reward(config: ServeConfig) -> Reward:
     if config.reward_fn is not None:
         reward = function_reward(config, config.reward_fn)
     else:
+        name = str(config.reward_model)
+        refuse_missing_path(name, "--reward-model")
         from reinforce.serving.model_reward import model_reward  # loads PyTorch
 
-        reward = model_reward(config, str(config.reward_model))
+        reward = model_reward(config, name)
     settings = (
         f"{reward.fingerprint}/{reward.mean}/{reward.std}/{config.reward_clip}/{reward.max_length}"
     )

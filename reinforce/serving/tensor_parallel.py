@@ -14,13 +14,11 @@ import torch
 from transformers import AutoConfig
 
 from reinforce.errors import ConfigError, first_line
-from reinforce.hub import refuse_missing_path
 from reinforce.tensor_plan import FLAG, refuse_model
 
 
 def check_model(name: str, size: int, device: torch.device) -> None:
     """Raise ConfigError on a model that transformers cannot split over `size` ranks here."""
-    refuse_missing_path(name, "--reward-model")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a bad file makes transformers raise what it likes
