@@ -10,8 +10,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(ValueError("no"))
     False
     """
-    torch = _torch()
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    kind = getattr(_torch(), "OutOfMemoryError", None)
+    return kind is not None and isinstance(error, kind)
 
 
 def empty_cache() -> None:
@@ -22,5 +22,5 @@ def empty_cache() -> None:
 
 
 def _torch() -> Any:
-    """PyTorch, if anything has imported it: a reward function alone takes a second without it."""
+    """PyTorch, if anything has imported it; a reward function alone may do without."""
     return sys.modules.get("torch")
