@@ -9,9 +9,7 @@ the last line. On a GPU each would wait for the device, so this is for a CPU.
 
 import argparse
 import functools
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -98,19 +96,8 @@ def main() -> None:
     Run.finished = first_is_left_out  # type: ignore[method-assign]
     for function in FUNCTIONS:
         watch.time(*function)
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready"
-        reward = f"{step.__file__}:variety"
-        command = [sys.executable, str(step.ROOT / "serve_rm.py"), "--reward-fn", reward]
-        server = subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL)
-        try:
-            while not ready.exists():
-                time.sleep(0.1)
-            port = int(ready.read_text().split()[1])
-            found = step.ours(args.policy, args.case, args.steps, args.precision, port)
-        finally:
-            server.terminate()
-            server.wait()
+    with step.reward_server(f"{step.__file__}:variety") as port:
+        found = step.ours(args.policy, args.case, args.steps, args.precision, int(port))
     whole = sum(found["seconds"])
     print(step.matrix_rate())
     rows = [*watch.seconds.most_common(), ("the rest", whole - watch.seconds.total())]

@@ -17,13 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.step import ROOT, matrix_rate
+from bench.step import ROOT, matrix_rate, reward_server
 
 ENDS = 3  # steps at each end whose mean is printed
 COLUMNS = ("reward, first", "last", "KL", "s a step", "rollout", "update")
@@ -108,19 +107,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of every run")
     args, more = parser.parse_known_args()
     print(f"{matrix_rate()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready"
-        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", args.reward_fn]
-        server = subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL)
-        try:
-            while not ready.exists() or len(ready.read_text().split()) < 2:
-                if server.poll() is not None:
-                    raise RuntimeError(f"{' '.join(command)} ended with code {server.returncode}")
-                time.sleep(0.1)
-            table(args, more, ready.read_text().split()[1])
-        finally:
-            server.terminate()
-            server.wait()
+    with reward_server(args.reward_fn) as port:
+        table(args, more, port)
     print(matrix_rate())
 
 

@@ -20,10 +20,10 @@ but not of the same lengths: their mean and their longest are printed.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
-import os
 import random
 import resource
 import statistics
@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,24 @@ def held(policy: str, bf16: bool, halved_reference: bool) -> float:
     return (16 * weights + reference + 2 * linear * bf16) / 2**30
 
 
+@contextlib.contextmanager
+def reward_server(function: str) -> Iterator[str]:
+    """serve_rm.py with a reward function FILE.py:NAME, until the block ends: its port."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready"
+        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", function]
+        server = subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL)
+        try:
+            while not ready.exists():
+                if server.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ended with code {server.returncode}")
+                time.sleep(0.1)
+            yield ready.read_text().split()[1]
+        finally:
+            server.terminate()
+            server.wait()
+
+
 def measured(words: list[str]) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, *words]
@@ -292,44 +311,32 @@ def compare(args: argparse.Namespace) -> None:
     print(matrix_rate(), flush=True)
     case, rounds = args.case, args.rounds
     common = ["--policy", args.policy, "--case", case, "--steps", str(args.steps), "--side"]
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready"
-        command = [sys.executable, str(ROOT / "serve_rm.py"), "--reward-fn", f"{__file__}:variety"]
-        server = subprocess.Popen(
-            [*command, "--ready-file", str(ready)], stdout=subprocess.DEVNULL, env=os.environ
+    with reward_server(f"{__file__}:variety") as port:
+        settings = {"ours": [["ours", p, port] for p in args.precisions]}
+        settings["trl"] = [["trl", p, str(b)] for p in args.precisions for b in args.batches]
+        best = {}
+        for side, choices in settings.items():
+            found = {}
+            for choice in choices:
+                result = measured([*common, *choice])
+                found[tuple(choice)] = statistics.median(result["seconds"])
+                print(" ".join(choice[:2] + choice[2:] * (side == "trl")), summary(result))
+            best[side] = list(min(found, key=lambda choice: found[choice]))
+        ratios, peaks, beyond = [], [], []
+        for n in range(rounds):
+            pair = {side: measured([*common, *choice]) for side, choice in best.items()}
+            seconds = {side: statistics.median(r["seconds"]) for side, r in pair.items()}
+            ratios.append(seconds["trl"] / seconds["ours"])
+            peaks.append(pair["ours"]["peak"] / pair["trl"]["peak"])
+            more = {side: r["peak"] - r["static"] for side, r in pair.items()}
+            beyond.append(more["ours"] / more["trl"])
+            for side, result in pair.items():
+                print(f"round {n + 1} {side} {best[side][1]} {summary(result)}", flush=True)
+        print(
+            f"{case}: TRL / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}, "
+            f"beyond the static {statistics.median(beyond):.2f}"
         )
-        try:
-            while not ready.exists():
-                time.sleep(0.1)
-            port = ready.read_text().split()[1]
-            settings = {"ours": [["ours", p, port] for p in args.precisions]}
-            settings["trl"] = [["trl", p, str(b)] for p in args.precisions for b in args.batches]
-            best = {}
-            for side, choices in settings.items():
-                found = {}
-                for choice in choices:
-                    result = measured([*common, *choice])
-                    found[tuple(choice)] = statistics.median(result["seconds"])
-                    print(" ".join(choice[:2] + choice[2:] * (side == "trl")), summary(result))
-                best[side] = list(min(found, key=lambda choice: found[choice]))
-            ratios, peaks, beyond = [], [], []
-            for n in range(rounds):
-                pair = {side: measured([*common, *choice]) for side, choice in best.items()}
-                seconds = {side: statistics.median(r["seconds"]) for side, r in pair.items()}
-                ratios.append(seconds["trl"] / seconds["ours"])
-                peaks.append(pair["ours"]["peak"] / pair["trl"]["peak"])
-                more = {side: r["peak"] - r["static"] for side, r in pair.items()}
-                beyond.append(more["ours"] / more["trl"])
-                for side, result in pair.items():
-                    print(f"round {n + 1} {side} {best[side][1]} {summary(result)}", flush=True)
-            print(
-                f"{case}: TRL / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}, "
-                f"beyond the static {statistics.median(beyond):.2f}"
-            )
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def summary(result: dict[str, Any]) -> str:
