@@ -132,12 +132,20 @@ def warm_reward(config: ServeConfig) -> Reward:
 
 
 def announce(config: ServeConfig, port: int, model: str) -> None:
-    """Say where, on screen and in the ready file, which appears whole or not at all."""
+    """Say where, on screen and in the ready file, which appears whole or not at all.
+
+    Raises ConfigError if that cannot be written.
+    """
     print(f"serving {model} at http://{config.host}:{port}", flush=True)
     if config.ready_file:
         partial = Path(f"{config.ready_file}.{os.getpid()}")
-        partial.write_text(f"{config.host} {port}\n")
-        partial.replace(config.ready_file)
+        try:
+            partial.write_text(f"{config.host} {port}\n")
+            partial.replace(config.ready_file)
+        except OSError as error:
+            raise ConfigError(
+                f"--ready-file {config.ready_file}: cannot be written ({error.strerror})"
+            ) from error
 
 
 def main() -> None:

@@ -31,7 +31,9 @@ class Config:
     """The flags of recipes/chat.py."""
 
     policy: str | None = flag(None, "what", "policy to talk to: folder or hub id")
-    max_new_tokens: int = flag(256, "sampling", "tokens of a reply at most")
+    max_new_tokens: int | None = flag(
+        None, "sampling", "tokens of a reply at most (default: 256, or half of a short context)"
+    )
     temperature: float = flag(0.7, "sampling", "temperature of the replies")
     top_p: float = flag(0.95, "sampling", "probability mass kept in sampling")
     greedy: bool = flag(False, "sampling", "take the likeliest token each time")
@@ -52,15 +54,17 @@ def main() -> None:
     device = devices.pick(config.device)
     model = load_policy(config.policy, tokenizer, device)
     bf16 = devices.use_bf16("auto", device, sum(w.numel() for w in model.parameters()))
+    context = context_length(config.policy) or sys.maxsize
+    most = config.max_new_tokens or min(256, context // 2)
     sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=most,
         end_ids=ends,
         pad_id=tokenizer.pad_token_id,
         temperature=config.temperature,
         top_p=config.top_p,
         greedy=config.greedy,
     )
-    room = (context_length(config.policy) or sys.maxsize) - config.max_new_tokens
+    room = context - most
     messages: list[dict[str, str]] = []
     for turn, line in enumerate(iter(lambda: read("you: "), None)):
         messages.append({"role": "user", "content": line})
@@ -75,7 +79,7 @@ def main() -> None:
             messages = messages[2:]
         if len(prompt.ids) > room:
             raise ConfigError(
-                f"a text of {len(prompt.ids)} tokens and --max-new-tokens {config.max_new_tokens} "
+                f"a text of {len(prompt.ids)} tokens and --max-new-tokens {most} "
                 "exceed the policy's context; give a shorter text or fewer tokens"
             )
         with devices.autocast(device, bf16):

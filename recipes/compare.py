@@ -313,11 +313,8 @@ def main() -> None:
         raise ConfigError(
             f"{', '.join(sorted(refused))} after --: the comparison sets them itself (--help)"
         )
-    if config.noise_prompts and (settings.truncated == "drop" or settings.loss_norm != "sequence"):
-        raise ConfigError(
-            "the noise of the gradient is measured for the default norm and all rows: "
-            "add --noise-prompts 0"
-        )
+    if config.noise_prompts:
+        refuse_noise(settings)
     if config.log_dir is not None:
         new_folder(config.log_dir, "--log-dir")
     folder = new_run_folder(config.log_dir, "compare")
@@ -345,6 +342,20 @@ def main() -> None:
     print(f"\n{(folder / 'compare.md').read_text()}")
     print(f"table {folder}/compare.md · plot {folder}/compare.png · numbers {folder}/compare.json")
     distributed.stop()
+
+
+def refuse_noise(settings: TrainConfig) -> None:
+    """Raise ConfigError on flags of train.py that `gradient_noise` does not know."""
+    for name, given in (
+        ("--truncated drop", settings.truncated == "drop"),
+        (f"--loss-norm {settings.loss_norm}", settings.loss_norm != "sequence"),
+        ("--lora-rank", settings.lora_rank),
+        (f"--parallel {settings.parallel}", settings.parallel != "ddp"),
+    ):
+        if given:
+            raise ConfigError(
+                f"the noise of the gradient is not measured with {name}: add --noise-prompts 0"
+            )
 
 
 def report(config: Config, curves: dict[str, list[Lines]], noise: Noise, folder: Path) -> None:

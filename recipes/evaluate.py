@@ -29,12 +29,14 @@ if __name__ == "__main__":
 
 from recipes import toy
 from recipes.intervals import bootstrap
-from reinforce import kl
+from reinforce import adapter, kl
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.logprobs import Scorer
 from reinforce.objective import Judged
-from reinforce.policy import load_policy
+from reinforce.policy import load_policy, load_tokenizer
+from reinforce.rm_client import RewardClient
+from reinforce.rm_connection import read_token
 from reinforce.run import exits, offload
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
@@ -49,6 +51,10 @@ OVERRIDES = (
     *("temperature", "max_new_tokens", "seed"),
     *("rm_wait", "device", "precision", "offload_reference"),
     *("prompt_key", "label_key", "skip_bad_lines"),
+)
+NO_SERVER = (
+    "--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to judge, "
+    "and give its address"
 )
 # the step in the seeds of evaluation's random numbers: neither training nor validation has it
 STEP = -2
@@ -154,18 +160,12 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError(f"--run {run} has no checkpoints; give --policy")
     initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
     host, port = config.rm_host, config.rm_port
-    if base.policy is None or toy.is_toy(base.policy):
-        folder = toy.prepare()
-        initial, test = initial or str(folder / "policy"), test or str(folder / "validation.jsonl")
-        if host is None:
-            host, port = stack.enter_context(toy.server())
     if test is None:
         raise ConfigError("--test-data is missing: the run had no validation prompts")
+    if host is None and toy.is_toy(str(base.policy)):
+        host, port = toys_server(run, stack)
     if host is None:
-        raise ConfigError(
-            "--rm-host and --rm-port are missing: start serve_rm.py with the reward that is to "
-            "judge, and give its address"
-        )
+        raise ConfigError(NO_SERVER)
     replaced = [name for name in OVERRIDES if given(config, name)]
     changes: dict[str, Any] = {name: getattr(config, name) for name in replaced}
     base = dataclasses.replace(
@@ -184,12 +184,41 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         lora_targets=(),
         num_rollout_samples=1,
         global_batch_size=None,
+        warmup_steps=0,
+        constant_steps=0,
         parallel="ddp",
         tensor_model_parallel_size=1,
         resume="auto",
         **changes,
     )
     return base, run, config.policy or str(checkpoints[-1])
+
+
+def toys_server(run: Path, stack: ExitStack) -> tuple[str, int] | tuple[None, None]:
+    """Host and port of the toy's reward server, if the run was trained on the toy's reward."""
+    try:
+        trained_on = json.loads((run / "identity.json").read_text())["reward_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+    host, port = stack.enter_context(toy.server())
+    client = RewardClient(host, port, token=read_token())
+    client.connect()
+    return (host, port) if client.fingerprint == trained_on else (None, None)
+
+
+def refuse_other_tokenizer(trained: str, initial: Any) -> None:
+    """Raise ConfigError where the trained policy's tokenizer is not the initial policy's.
+
+    Both policies read the same token ids. An adapter of PEFT has no tokenizer but its base's.
+    """
+    folder = Path(trained)
+    has_none = adapter.is_adapter(trained) and not (folder / "tokenizer_config.json").exists()
+    name = adapter.base_of(trained) if has_none else trained
+    if load_tokenizer(name, "--policy").get_vocab() != initial.get_vocab():
+        raise ConfigError(
+            f"--policy {trained}: its tokenizer is not that of the initial policy; "
+            "give --initial-policy, or a policy of the same tokenizer"
+        )
 
 
 def answer(
@@ -317,6 +346,7 @@ def main() -> None:
     with ExitStack() as stack:
         settings, run, trained = settings_of(config, stack)
         initial, data = set_up(settings, "--initial-policy", "--test-data", date_of(run))
+        refuse_other_tokenizer(trained, initial.tokenizer)
         prompts = data.prompts[: config.max_prompts]
         wanted = initial.config.offload_reference and initial.device.type == "cuda"
         idle = partial(offload.idle, device=initial.device, wanted=wanted)

@@ -136,7 +136,8 @@ def encode_example(
 ) -> Example:
     """Token ids of the prompt, and of the answer up to its first end token. Raises ConfigError."""
     if isinstance(example, tuple):
-        prompt, answer = encode(tokenizer, example[0]), example[1]
+        before, whole = example[0], example[0] + example[1]
+        prompt, both = encode(tokenizer, before), encode(tokenizer, whole)
     else:
         before = render(tokenizer, example[:-1], "--data", add_generation_prompt=True)
         whole = render(tokenizer, example, "--data")
@@ -145,9 +146,13 @@ def encode_example(
                 "--model: its chat template renders an answer of --data otherwise than its "
                 "generation prompt begins; give a model with another template"
             )
-        prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
-        answer = whole[len(before) :]
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        prompt, both = (
+            list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, whole)
+        )
+    # what follows the prompt's own tokens; alone, a text may get a token of its own at its start
+    ids = both[len(prompt) :]
+    if both[: len(prompt)] != prompt:  # a token spans the end of the prompt
+        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
 
@@ -195,11 +200,14 @@ def main() -> None:
     config = parse(Config, __doc__)
     assert config.model is not None and config.data is not None and config.out is not None
     sources = {"--data": config.data, "--val-data": config.val_data}
-    chats = {
-        name: read_records(source, name, check_example, config.skip_bad_lines, "examples")[0]
-        for name, source in sources.items()
-        if source is not None
-    }
+    chats = {}
+    for name, source in sources.items():
+        if source is not None:
+            chats[name], bad = read_records(
+                source, name, check_example, config.skip_bad_lines, "examples"
+            )
+            if bad:
+                print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
     if config.lora_rank:
         refuse_targets(config.model, config.lora_targets, "--model")
     new_folder(config.out, "--out")

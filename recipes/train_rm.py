@@ -37,6 +37,8 @@ from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
 
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
+# the seed of the split: not that of recipes/hh.py, whose train.jsonl has none of its held-out side
+SPLIT = 1
 # token ids of prompt and chosen response, and of prompt and rejected response
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -214,7 +216,7 @@ def main() -> None:
     found, odd = read_pairs(config.pairs, "--pairs", config.skip_bad_lines)
     print_odd(odd, "--pairs")
     if config.test_pairs is None:
-        sides = split_by_opening(found, config.held_out)
+        sides = split_by_opening(found, config.held_out, SPLIT)
     else:
         test, odd = read_pairs(config.test_pairs, "--test-pairs", config.skip_bad_lines)
         print_odd(odd, "--test-pairs")

@@ -25,7 +25,7 @@ def packed_weights(model: nn.Module, bf16: bool) -> Iterator[None]:
 
     For forward passes without gradient; nothing in the block may change a weight.
     """
-    layers = [m for m in model.modules() if _may_be_packed(m)]
+    layers = [m for m in model.modules() if _may_be_packed(m, bf16)]
     replaced = [(layer, vars(layer).get("forward")) for layer in layers]
     for layer in layers:
         layer.forward = _packed_forward(layer, bf16)
@@ -38,13 +38,17 @@ def packed_weights(model: nn.Module, bf16: bool) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _may_be_packed(layer: Any) -> bool:
-    """Whether this is a plain layer of some size on a CPU, its forward PyTorch's or head.py's."""
+def _may_be_packed(layer: Any, bf16: bool) -> bool:
+    """Whether this is a plain layer of some size on a CPU, its forward PyTorch's or head.py's.
+
+    Frozen weights, those below adapters, may be stored in bfloat16.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
     return (
         type(layer) is nn.Linear
         and ("forward" not in vars(layer) or has_float32_logits(layer))
         and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
+        and layer.weight.dtype in dtypes
         and layer.weight.numel() >= SMALL
         and not hasattr(layer.weight, "full_tensor")
         and torch.backends.mkldnn.is_available()

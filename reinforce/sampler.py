@@ -229,6 +229,9 @@ def completes(
         return decode(ids)[len(decode(ids[:1])) :]
 
     tails = tokens[:, -window:].tolist()
-    texts = [(said(tail), said(tail[:-1])) for tail in tails]  # with the last token, and without
-    done = [any(s in text and s not in before for s in end_strings) for text, before in texts]
+    done = []
+    for tail in tails:
+        text, before = said(tail), said(tail[:-1])  # with the last token, and without
+        n = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))  # that stands for half a character
+        done.append(any(s in text[max(0, n + 1 - len(s)) :] for s in end_strings))
     return torch.tensor(done, device=tokens.device)

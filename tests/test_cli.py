@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,10 @@ from recipes import toy
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.policy import end_tokens, load_policy, load_tokenizer
+from reinforce.run import setup
 from reinforce.run.config import TrainConfig
 from reinforce.serving.config import ServeConfig
+from reinforce.serving.load import load_reward
 
 HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
 
@@ -38,6 +41,7 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--lr", "nan"], "--lr is nan"), (["--skip-refused", "-1"], "--skip-refused"), ([*HERE[:2], "--rm-port", "0"], "--rm-port is 0"),
     (["--rm-host", "http://here", "--rm-port", "1"], "--rm-host 'http://here' is no host"),
     (["--rm-host", "a b", "--rm-port", "1"], "is no host"), (["--min-lr", "inf"], "--min-lr is inf; it must be finite"),
+    (["--min-lr", "1", "--lr", "1e-3"], "--min-lr 1.0 is above --lr 0.001"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
     with pytest.raises(ConfigError) as refused:
@@ -235,6 +239,57 @@ def test_learning_rate_and_response_length_are_the_toys_without_a_policy_and_a_l
     assert out.returncode == 0 and "lr 1e-06 · responses of at most 8 tokens" in out.stdout
     identity = json.loads((tmp_path / "identity.json").read_text())
     assert (identity["lr"], identity["max_new_tokens"]) == (1e-6, 8)
+
+
+@pytest.mark.parametrize(("warmup", "constant", "min_lr", "told"), [
+    (0, 0, None, ""), (5, 4, 0.0, ""), (9, 0, None, ""), (0, 9, 1e-3, ""), (10, 0, None, ""),
+    (40, 0, None, "to 0.0005 at most"), (0, 10, 1e-3, "to 0.001 at most"), (0, 10, 0.0, "to 0 at most"),
+])  # fmt: skip
+def test_a_schedule_that_never_gets_to_the_learning_rate_is_told_and_one_of_zeros_refused(capsys, warmup, constant, min_lr, told):
+    config = TrainConfig(lr=2e-3, warmup_steps=warmup, constant_steps=constant, min_lr=min_lr)
+    rates = [config.learning_rate(step, 10) for step in range(10)]
+    if max(rates) == 0:
+        with pytest.raises(ConfigError, match=f"the run has 10 steps.*{told}"):
+            setup.check_schedule(config, 10)
+    else:
+        setup.check_schedule(config, 10)
+        said = capsys.readouterr().out
+        assert told in said and bool(said) == bool(told) == (max(rates) < 0.999 * 2e-3)
+
+
+def test_a_step_in_which_no_response_counts_says_that_it_trains_nothing(flags, tmp_path):
+    out = train_here(*flags, "--truncated", "drop", "--max-new-tokens", "1", "--max-steps", "2", "--log-dir", tmp_path)
+    assert [line["optimizer_steps"] for line in metrics(tmp_path)] == [0, 0], "or choose another seed: a response has ended"
+    assert out.stdout.count("step 1 trains nothing: --truncated drop, and no response ended within --max-new-tokens 1\n") == 1
+    assert "no update    in 2 steps: none of their responses counted" in out.stdout and "step 2 trains" not in out.stdout
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--reward-fn", "f.py:f", "--max-length", "5"], "--max-length is of --reward-model"),
+    (["--reward-fn", "f.py:f", "--precision", "bf16"], "--precision is of --reward-model"),
+    (["--ready-file", "nowhere/ready"], "--ready-file nowhere/ready: its folder is not there"),
+])  # fmt: skip
+def test_flags_of_the_server_that_cannot_work_are_refused_by_name(words, reason):
+    with pytest.raises(ConfigError, match=reason):
+        parse(ServeConfig, "", words)
+
+
+def test_a_ready_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "f.py").write_text("def f(completions, **rest):\n    return [0.0 for _ in completions]\n")
+    out = script("serve_rm.py", "--reward-fn", f"{tmp_path}/f.py:f", "--ready-file", tmp_path)
+    assert out.returncode == 2 and "cannot be written (Is a directory)" in out.stdout and "Traceback" not in out.stdout, out.stdout
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.0, 0.0), (0.0, -1.0), ("a", 1.0), (float("nan"), 1.0), (0.0, None), (0.0, float("inf"))]
+)
+def test_a_mean_or_deviation_of_a_reward_model_that_is_none_is_refused_unless_a_flag_replaces_it(small, tmp_path, mean, std):
+    folder = shutil.copytree(small / "reward_model", tmp_path / "rm")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, "reward_mean": mean, "reward_std": std}))
+    with pytest.raises(ConfigError, match=r"has reward_mean .*, reward_std .*: give --reward-mean and --reward-std"):
+        load_reward(ServeConfig(reward_model=str(folder)))
+    assert load_reward(ServeConfig(reward_model=str(folder), reward_mean=1.0, reward_std=2.0)).std == 2.0
 
 
 def test_a_tokenizer_with_neither_pad_nor_end_token_is_refused_though_the_generation_config_has_one(small, tmp_path):

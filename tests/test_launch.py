@@ -33,6 +33,7 @@ case "$*" in
     echo prepare >>"$FAKE_DIR/calls"
     [ -z "${PREPARE_SLEEPS:-}" ] || { echo "$$" >"$FAKE_DIR/prepare.pid"; sleep 60; }
     echo "$FAKE_DIR/toy" ;;
+  *recipes/compare.py*) echo "$@" >"$FAKE_DIR/calls" ;;
   *serve_rm.py*)
     echo "$@" >"$FAKE_DIR/server.args"
     while [ "$1" != --ready-file ]; do shift; done
@@ -234,6 +235,12 @@ def test_what_the_launcher_gives_itself_is_refused_from_others(launch, tmp_path,
     assert job.returncode == 2 and "launch.sh: --" in out and not (tmp_path / "calls").exists()
 
 
+def test_compare_takes_a_server_of_the_user(launch, tmp_path):
+    words = ["--policy", "p", "--train-data", "d", "--rm-host", "elsewhere", "--rm-port", "1"]
+    launch("compare", *words).communicate(timeout=20)
+    assert " ".join(words) in (tmp_path / "calls").read_text()
+
+
 def test_run_without_the_two_dashes_names_them(launch):
     out, _ = (job := launch("run", "--reward-model", "m", "--policy", "p")).communicate(timeout=20)
     assert job.returncode == 2 and "the -- between the flags of serve_rm.py and those of train.py is missing" in out
@@ -383,3 +390,11 @@ def test_the_hh_recipe_takes_its_flags_from_anywhere():
     with pytest.raises(children.EndedError, match="--base needs a value"):
         hh.taken("--base", ["--base"], "")
     assert hh.key_of("a") != hh.key_of("b")
+
+
+def test_a_base_that_was_trained_again_in_its_place_is_another_one_to_the_hh_recipe(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = hh.key_of(str(tmp_path))
+    assert hh.key_of(str(tmp_path)) == first
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert hh.key_of(str(tmp_path)) != first

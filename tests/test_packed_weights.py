@@ -9,7 +9,7 @@ from reinforce import lora
 from reinforce import packed_weights as packing
 from reinforce.head import give_float32_logits, has_float32_logits
 from reinforce.packed_weights import packed_weights
-from reinforce.policy import blocks
+from reinforce.policy import blocks, store_frozen
 from reinforce.sampler import Sampling, row_seed, sample
 
 PROMPTS = [[1, 5, 9], [1, 7, 4, 4, 8]]
@@ -88,6 +88,19 @@ def test_the_layout_is_of_the_weights_as_they_are_and_goes_with_the_block(bf16):
 def test_weights_of_another_type_or_place_stay_as_they_are(make):
     with packed_weights(model := make(), bf16=False):
         assert not replaced(model)
+
+
+def test_frozen_weights_in_bfloat16_below_adapters_are_laid_out_and_the_adapters_count():
+    model, other = adapted(), adapted()
+    store_frozen(model, torch.bfloat16)
+    with packed_weights(model, bf16=True):
+        assert len(replaced(model)) == 7 * len(model.model.layers) + 1
+    a, b = rollout(model), plain(model)
+    assert torch.equal(a.response, b.response)
+    torch.testing.assert_close(a.logp, b.logp, atol=1e-2, rtol=0)
+    for adapter in lora.adapters(other).values():
+        nn.init.zeros_(adapter.B)
+    assert not torch.equal(rollout(other).response, a.response)
 
 
 def test_small_weights_stay_as_they_are(monkeypatch):

@@ -16,14 +16,19 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, environment, metrics, tiny_llama, train_here
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from recipes import chat, compare, evaluate, fit, sft, toy, train_rm
+from recipes import chat, compare, evaluate, fit, hh, sft, toy, train_rm
 from recipes.fit import Plan
 from recipes.intervals import bootstrap, student, wilson
 from reinforce.baselines import rloo
+from reinforce.data.preferences import Preference, split_by_opening
+from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.loss import reinforce_loss
 from reinforce.policy import load_policy
+from reinforce.rm_client import RewardClient
 from reinforce.run import exits
 from reinforce.run.config import TrainConfig
 from reinforce.run.curves import draw_curves
@@ -135,6 +140,34 @@ def test_an_answer_ends_with_exactly_one_end_token_and_the_prompt_is_tokenized_a
     assert tokenizer.decode(answer) == "fresh </s>", "what the template puts after the end token is not learned"
 
 
+def test_an_answer_has_the_tokens_that_follow_the_prompt_s_own():
+    """LLaMA-2's kind of tokenizer gives every text alone a space in front: an answer of its own would begin with two."""
+    pieces = ["<unk>", "</s>", "▁", "▁is", "▁it", ":", "▁yes", "yes", "[", "]"]
+    made = Tokenizer(models.Unigram([(p, -1.0 if len(p) > 1 else -5.0) for p in pieces], 0))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    yes, end = tokenizer.convert_tokens_to_ids(["▁yes", "</s>"])
+    assert tokenizer(" yes")["input_ids"] != [yes], "alone it gets another token"
+    assert sft.encode_example(tokenizer, [end], ("is it:", " yes")) == (tokenizer("is it:")["input_ids"], [yes, end])
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    chat = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "yes"}]
+    assert sft.encode_example(tokenizer, [end], chat)[1] == [yes, end]
+
+
+def test_malformed_examples_that_are_left_out_are_counted(small, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "anna", "completion": "the crust"}\n{"prompt": 3}\nnothing\n')
+    words = ["--model", small / "policy", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "o", "--skip-bad-lines"]
+    code, out = recipe(sft, *words)
+    assert code == 0 and "--data: left out 2 malformed lines (--skip-bad-lines)" in out, out
+
+
+def test_openings_that_recipes_hh_has_held_out_leave_some_for_the_reward_model_to_hold_out():
+    pairs = [Preference([{"role": "user", "content": str(i)}], "a", "b") for i in range(600)]
+    train = split_by_opening(pairs, hh.HELD_OUT)[0]
+    held_out = split_by_opening(train, 0.2, train_rm.SPLIT)[1]
+    assert 0.15 < len(held_out) / len(train) < 0.25
+
+
 def test_reward_model_training_reports_held_out_accuracy_and_stores_its_scale(small, pairs, tmp_path):
     code, out = recipe(train_rm, "--model", small / "policy", "--pairs", pairs, "--out", tmp_path / "rm", "--lr", "5e-3", "--epochs", "8",
                        "--batch-size", "32")  # fmt: skip
@@ -144,7 +177,7 @@ def test_reward_model_training_reports_held_out_accuracy_and_stores_its_scale(sm
     assert (float(low), float(high)) == pytest.approx(wilson(float(accuracy) * int(count), int(count)), abs=2e-3)
     model, tokenizer = load_reward_model(str(tmp_path / "rm"), torch.device("cpu"))
     train, held_out = (train_rm.encode_pairs(tokenizer, side, 512)
-                       for side in train_rm.split_by_opening(train_rm.read_pairs(str(pairs), "--pairs")[0], 0.2))  # fmt: skip
+                       for side in train_rm.split_by_opening(train_rm.read_pairs(str(pairs), "--pairs")[0], 0.2, train_rm.SPLIT))  # fmt: skip
     assert train_rm.pair_accuracy(model, held_out, tokenizer.pad_token_id) == pytest.approx(float(accuracy), abs=1e-3)
     rewards = train_rm.scores(model, [s for pair in train[:256] for s in pair], tokenizer.pad_token_id)
     assert (rewards.mean().item(), rewards.std().item()) == pytest.approx(
@@ -174,7 +207,8 @@ def test_a_margin_asks_for_a_larger_gap(small, monkeypatch):
     (evaluate, ["--run", "nowhere"], "--run nowhere is no run folder of train.py"),
     (compare, ["--policy", "p"], "come as a set"), (compare, ["--seeds", "1"], "--seeds must be 2 or more"),
     (compare, ["--", "--num-rollouts-per-prompt", "1"], "--baseline rloo compares"),
-    (compare, ["--", "--seed", "3"], "--seed after --"), (compare, ["--", "--loss-norm", "token"], "add --noise-prompts 0"),
+    (compare, ["--", "--seed", "3"], "--seed after --"), (compare, ["--", "--loss-norm", "token"], "--loss-norm token: add --noise-prompts 0"),
+    (compare, ["--", "--lora-rank", "4"], "--lora-rank: add --noise-prompts 0"), (compare, ["--", "--parallel", "fsdp"], "add --noise-prompts 0"),
     (sft, ["--model", "m", "--data", "d", "--out", "o", "--max-examples", "0"], "--max-examples is 0"), (chat, [], "--policy is missing"),
 ])  # fmt: skip
 def test_a_recipe_refuses_bad_flags_in_one_sentence(module, words, reason):
@@ -201,6 +235,14 @@ def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(
     assert same["difference"] == {"mean": 0.0, "interval": [0.0, 0.0]} and same["win_rate"]["mean"] == 0.5
     assert abs(same["kl"]["mean"]) < 1e-4, "the same policy on the same draws"
 
+    other = shutil.copytree(small / "policy", tmp_path / "other")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["crust"], ids["sauce"] = ids["sauce"], ids["crust"]
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    code, out = recipe(evaluate, *address, "--policy", other)
+    assert code == 2 and "its tokenizer is not that of the initial policy" in out and "Traceback" not in out, out
+
     code, out = recipe(evaluate, *address)
     assert code == 0, out
     result = json.loads((run / "evaluation.json").read_text())
@@ -218,6 +260,28 @@ def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(
     embedded = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
     assert [s["trained"] for s in embedded["samples"]] == [row["trained"] for row in rows]
     assert embedded["curves"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("reward_model", ["the toy's", "another"])
+def test_a_run_on_the_toy_s_policy_is_judged_by_the_toy_s_reward_only_if_that_trained_it(
+    small, server, tmp_path, monkeypatch, reward_model
+):
+    client = RewardClient("127.0.0.1", server)
+    client.connect()
+    given = parse(TrainConfig, "", [*map(str, data_flags(small, server)), "--val-data", "v.jsonl", "--max-new-tokens", "7"])
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(given)))
+    (tmp_path / "identity.json").write_text(
+        json.dumps({"reward_model": client.fingerprint if reward_model == "the toy's" else "another"})
+    )
+    monkeypatch.setattr(toy, "is_toy", lambda policy: policy == str(small / "policy"))
+    monkeypatch.setattr(toy, "server", lambda: contextlib.nullcontext(("127.0.0.1", server)))
+    config = evaluate.Config(run=str(tmp_path), policy="p")
+    with ExitStack() as stack:
+        if reward_model == "the toy's":
+            assert evaluate.settings_of(config, stack)[0].rm_port == server
+        else:
+            with pytest.raises(ConfigError, match="--rm-host and --rm-port are missing"):
+                evaluate.settings_of(config, stack)
 
 
 def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
@@ -312,8 +376,10 @@ def test_chat_replies_to_each_line_and_remembers_the_conversation(small, tmp_pat
     )
     code, out = recipe(chat, "--policy", small / "policy", "--max-new-tokens", "5", stdin="pizza\n\nhotel\n")
     assert code == 0 and out.count("policy: ") == 2 and [r[0] for r in seen] == [{"prompt": "pizza"}, {"prompt": "hotel"}]
+    assert recipe(chat, "--policy", small / "policy", stdin="pizza\n")[0] == 0, "without --max-new-tokens, in a context of 128"
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = sft.with_template(tokenizer, "x").chat_template
+    seen.clear()
     load_policy(str(small / "policy"), tokenizer, torch.device("cpu")).save_pretrained(tmp_path / "p")
     tokenizer.save_pretrained(tmp_path / "p")
     seen.clear()

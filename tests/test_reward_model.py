@@ -1,5 +1,7 @@
 """Reward models: padding changes nothing, end tokens count, a missing head is an error."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -14,7 +16,15 @@ from transformers import (
 from recipes import toy, train_rm
 from recipes.fit import Plan
 from reinforce.errors import ConfigError
-from reinforce.serving.reward_model import bradley_terry_loss, fingerprint, load_reward_model, messages_ids, query_ids, score
+from reinforce.serving.reward_model import (
+    bradley_terry_loss,
+    fingerprint,
+    load_reward_model,
+    messages_ids,
+    new_reward_model,
+    query_ids,
+    score,
+)
 
 TEXTS = [[1, 5, 9, 2], [1, 7], [1, 4, 4, 8, 11, 3]]
 
@@ -97,6 +107,14 @@ def test_bradley_terry_training_orders_pairs_that_it_has_not_seen():
     assert rewards.mean().abs() < 1e-3 and rewards.std().item() == pytest.approx(1, abs=1e-3) and (mean, std) != (0, 1)
 
 
+def test_a_damaged_file_of_a_backbone_is_one_sentence(small, tmp_path):
+    folder = shutil.copytree(small / "policy", tmp_path / "base")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"--model .*: no model with a classification head"):
+        new_reward_model(str(folder), toy.make_tokenizer(), torch.device("cpu"), "--model")
+
+
 def test_bradley_terry_loss_is_the_negative_log_probability_of_the_choice():
     a, b = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0])
     torch.testing.assert_close(bradley_terry_loss(a, b), -(a - b).sigmoid().log().mean())
@@ -112,8 +130,6 @@ def test_fingerprint_follows_the_weights_and_not_the_place(tmp_path):
 
 
 def test_the_day_of_a_template_is_the_flags_and_belongs_to_the_fingerprint(small, tmp_path):
-    import shutil
-
     from reinforce.serving.config import ServeConfig
     from reinforce.serving.load import load_reward
     from reinforce.serving.protocol import Text

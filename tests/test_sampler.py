@@ -157,6 +157,20 @@ def test_the_token_that_completes_an_end_string_ends_the_response_and_belongs_to
     assert completes(torch.tensor([[0, 1]]), ("ab",), decode).tolist() == [False], "half of it is the prompt's"
 
 
+def test_an_end_string_counts_though_it_stood_there_before():
+    """With --min-new-tokens it may have come earlier; the next one ends the response, were it to overlap the last."""
+    words = ["the ", "was ", "aa", "é"]
+    decode = lambda ids: "".join(words[i] for i in ids)  # noqa: E731
+    tails = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 0, 1, 0], [2, 2, 2, 2, 2]])
+    assert completes(tails, ("the was", "aaa"), decode).tolist() == [True, False, True]
+
+    def halves(ids):  # 4 and 5 are the halves of one character, which alone is decoded to another
+        pieces = {4: "\N{REPLACEMENT CHARACTER}" if ids[-1] == 4 else "", 5: "é"}
+        return "".join(pieces.get(i, "x") for i in ids)
+
+    assert completes(torch.tensor([[0, 0, 4, 5]]), ("é",), halves).tolist() == [True], "the second half of a character completes it"
+
+
 def test_an_end_string_that_begins_with_a_space_is_seen_at_the_first_token():
     """A tokenizer of the SentencePiece kind decodes " end" alone as "end"."""
     words = {0: "▁the", 1: "▁end", 2: "▁cat"}

@@ -145,6 +145,11 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, name, content, reas
 def test_a_label_that_json_does_not_have_is_named_by_its_row(tmp_path):
     Dataset.from_list([{"prompt": "a", "label": datetime.datetime(2020, 1, 1)}]).to_parquet(tmp_path / "p.parquet")
     assert 'p.parquet row 1: "label" is no JSON value' in refused(tmp_path / "p.parquet")
+    Dataset.from_list([{"prompt": "a", "label": 1.0}, {"prompt": "b", "label": float("nan")}]).to_parquet(tmp_path / "p.parquet")
+    assert 'p.parquet row 2: "label" is no JSON value' in refused(tmp_path / "p.parquet")
+    for number in ("NaN", "-Infinity", "1e999", '{"x": [NaN]}'):
+        content = f'{{"prompt": "a"}}\n{{"prompt": "b", "label": {number}}}\n'
+        assert 'line 2: "label" is no JSON value' in refused(write(tmp_path / "p.jsonl", content)), number
 
 
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path):

@@ -110,7 +110,9 @@ def skipping(words: list[str]) -> list[str]:
 
 
 def key_of(base: str) -> str:
-    """Part of a folder's name, so that another base or another recipe has another folder."""
+    """Part of a folder's name: another base, other files in it, another recipe, another folder."""
     sources = (Path(__file__), *(RECIPES / f"{name}.py" for name in ("sft", "train_rm", "fit")))
-    text = b"".join([base.encode(), *(path.read_bytes() for path in sources)])
+    files = sorted(Path(base).glob("*")) if Path(base).is_dir() else []
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = b"".join([f"{base}{facts}".encode(), *(path.read_bytes() for path in sources)])
     return hashlib.sha256(text).hexdigest()[:8]

@@ -134,7 +134,7 @@ def split_by_opening(
     Conversations that open alike are on the same side.
     What opens a conversation is its first message after the system's.
     The side is a function of the opening message and the seed alone, so it is the same in every
-    file and for every recipe.
+    file.
     """
     train: list[Preference] = []
     held_out: list[Preference] = []

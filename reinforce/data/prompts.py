@@ -114,9 +114,9 @@ def must_be_unicode(key: str, value: str | list[dict[str, str]]) -> None:
 
 
 def must_be_json(key: str, value: Any) -> None:
-    """Raise BadLineError on a label that cannot be sent to a reward server, such as a date."""
+    """Raise BadLineError on a label that cannot be sent to a reward server: a date, say, or NaN."""
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadLineError(f'"{key}" is no JSON value ({error}); make it text') from error
 

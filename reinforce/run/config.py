@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from reinforce import lora
+from reinforce import lora, optim
 from reinforce.baselines import BASELINES
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, refuse
@@ -360,6 +360,13 @@ class TrainConfig:
         config.check()
         return config
 
+    def learning_rate(self, step: int, total: int) -> float:
+        """The learning rate of a step, from 0, of a run of `total` steps."""
+        min_lr = self.lr if self.min_lr is None else self.min_lr
+        return optim.learning_rate(
+            step, total, self.lr, min_lr, self.warmup_steps, self.constant_steps
+        )
+
     def check(self) -> None:
         """Raise ConfigError on the first value or combination that cannot work."""
         refuse(self, positive=POSITIVE, not_negative=NOT_NEGATIVE)
@@ -410,6 +417,8 @@ class TrainConfig:
             raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be in [0, 1)")
         if not 0 < self.val_top_p <= 1:
             raise ConfigError(f"--val-top-p is {self.val_top_p}; it must be in (0, 1]")
+        if self.min_lr is not None and self.lr is not None and self.min_lr > self.lr:
+            raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"--adam-betas are {self.adam_betas}; each must be in [0, 1)")
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reinforce import optim
 from reinforce.baselines import Baseline
 from reinforce.data.prompts import Data
 from reinforce.errors import FailedError, RetryError
@@ -58,6 +57,7 @@ class Run:
         self._updates: list[tuple[Summed, float]] = []
         # metrics, groups and advantage of the last finished step, until they are written
         self._held: tuple[dict[str, Any], list[Group], Tensor] | None = None
+        self._has_said_no_update = False
         self._began = time.perf_counter()
         recorder = Silent if distributed.rank() else Recorder
         self._recorder = recorder(folder, self._total, self._done)
@@ -137,10 +137,7 @@ class Run:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of all optimizer steps in this step."""
-        c = self._config
-        min_lr = c.lr if c.min_lr is None else c.min_lr
-        warmup, constant = c.warmup_steps, c.constant_steps
-        return optim.learning_rate(step, self._total, c.lr, min_lr, warmup, constant)
+        return self._config.learning_rate(step, self._total)
 
     def must_be_finite(self, made: Step, update: Update, sums: Summed, grad_norm: float) -> None:
         """Raise FailedError, on every rank, if loss or gradient is not finite.
@@ -172,6 +169,8 @@ class Run:
 
         Its line in metrics.jsonl waits for the validation that may follow.
         """
+        if not self._updates:
+            self._say_no_update(made.number + 1)
         seconds = self._actor.clock.read()
         seconds["update"] = time.perf_counter() - self._began - sum(seconds.values())
         groups = self._groups(made)
@@ -195,6 +194,17 @@ class Run:
         self._done = made.number + 1
         reasons = distributed.of_all(self._stop.reason)
         self._stopped = next((reason for reason in reasons if reason), None)
+
+    def _say_no_update(self, step: int) -> None:
+        """Say it the first time that no response counts; the summary has the number of steps."""
+        if self._has_said_no_update:
+            return
+        self._has_said_no_update = True
+        reason = "the reward server refused all responses"
+        if self._config.truncated == "drop":
+            limit = f"--max-new-tokens {self._config.max_new_tokens}"
+            reason = f"--truncated drop, and no response ended within {limit}"
+        self._recorder.say(f"step {step} trains nothing: {reason}")
 
     def _groups(self, made: Step) -> list[Group]:
         """The responses of all ranks as text and numbers, in prompt order."""

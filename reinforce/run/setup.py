@@ -115,6 +115,8 @@ def check(
         prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed
     )
 
+    check_schedule(config, data.total_steps(config.max_steps, config.max_epochs))
+
     def ask_first_reward() -> None:
         first_reward.ask(client, config, data.prompts[0], tokenizer, ends, data_flag)
 
@@ -165,3 +167,23 @@ def refuse_short_last_step(config: TrainConfig, count: int) -> None:
             f"--num-rollout-samples {per_step} leaves {left} of {count} prompts for an epoch's "
             f"last step, too few for {world} ranks: give another number, or drop {left} prompts"
         )
+
+
+def check_schedule(config: TrainConfig, total: int) -> None:
+    """Say it if no step of a run of `total` steps has the learning rate --lr.
+
+    Raises ConfigError if the rate is 0 in all steps.
+    """
+    last = min(config.warmup_steps, total - 1)  # the rate rises up to here, and not after it
+    highest = max(config.learning_rate(step, total) for step in (last, max(0, last - 1)))
+    if highest >= 0.999 * config.lr:
+        return
+    reached = (
+        f"the run has {total} steps, in which --warmup-steps {config.warmup_steps} and "
+        f"--constant-steps {config.constant_steps} get the learning rate to {highest:g} at most, "
+        f"not to --lr {config.lr:g}"
+    )
+    if highest == 0:
+        raise ConfigError(reached)
+    if distributed.rank() == 0:
+        print(reached)

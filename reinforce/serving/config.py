@@ -3,9 +3,10 @@
 import datetime
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from reinforce.errors import ConfigError
-from reinforce.flags import flag, refuse
+from reinforce.flags import flag, refuse, spelled
 
 DAY = "2024-07-26"  # the day that a chat template prints: no reward changes at midnight
 
@@ -78,6 +79,10 @@ class ServeConfig:
             raise ConfigError("--reward-model and --reward-fn: give one of them")
         positive = ("reward_std", "reward_clip", "max_length", "inference_micro_batch_size")
         refuse(self, positive=(*positive, "tensor_model_parallel_size"))
+        if self.reward_fn is not None:
+            self._refuse_of_models()
+        if self.ready_file is not None and not Path(self.ready_file).parent.is_dir():
+            raise ConfigError(f"--ready-file {self.ready_file}: its folder is not there")
         if self.reward_mean is not None and not math.isfinite(self.reward_mean):
             raise ConfigError(f"--reward-mean is {self.reward_mean}; it must be a finite number")
         try:
@@ -86,6 +91,16 @@ class ServeConfig:
             raise ConfigError(f"--date is {self.date!r}; it must be a day, YYYY-MM-DD") from error
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
+
+    def _refuse_of_models(self) -> None:
+        """Raise ConfigError on a flag that a function has no use for."""
+        default = ServeConfig()
+        for name in ("max_length", "date", "device", "precision"):
+            if getattr(self, name) != getattr(default, name):
+                raise ConfigError(
+                    f"{spelled(name)} is of --reward-model: a function reads whole texts, and "
+                    "computes where and how it likes; leave it out"
+                )
 
     def check_processes(self, processes: int) -> None:
         """Raise ConfigError unless the flags say what each process that torchrun starts is for."""

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import queue
+import sys
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,7 @@ class RewardServer(Server):
             if is_out_of_memory(error):
                 reason = "one text alone does not fit the device"
                 return HttpError(507, "out_of_memory", reason).reply()
+            print(f"serve_rm.py: a request failed: {error!r}", file=sys.stderr, flush=True)
             return HttpError(500, "failed", "the reward model failed; see the server's log").reply()
         finally:
             self._in_flight -= 1

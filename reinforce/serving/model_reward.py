@@ -1,5 +1,6 @@
 """A reward model, ready to be served."""
 
+import math
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,7 @@ import torch
 from transformers.utils import cached_file
 
 from reinforce import device as devices
+from reinforce.errors import ConfigError
 from reinforce.serving import tensor_parallel
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.cut import last_tokens
@@ -59,9 +61,25 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
         if Path(name).is_dir()
         else str(Path(cast(str, cached_file(name, "config.json"))).parent)
     )
-    mean = config.reward_mean if config.reward_mean is not None else getattr(hf, "reward_mean", 0.0)
-    std = config.reward_std if config.reward_std is not None else getattr(hf, "reward_std", 1.0)
+    mean, std = standard(config, hf, name)
     label = Path(name).resolve().name if Path(name).is_dir() else name
     dated = "strftime_now" in str(tokenizer.chat_template)
     digest = fingerprint(folder) + ("/bf16" if bf16 else "") + (f"/{config.date}" if dated else "")
     return Reward(encode, run, len, [1] * min(8, longest), label, digest, mean, std, longest)
+
+
+def standard(config: ServeConfig, hf: Any, name: str) -> tuple[float, float]:
+    """By what mean and deviation scores are standardised: a flag's, or those of the model's config.
+
+    Raises ConfigError on what is no mean or no deviation in the latter.
+    """
+    mean, std = getattr(hf, "reward_mean", 0.0), getattr(hf, "reward_std", 1.0)
+    mean = mean if config.reward_mean is None else config.reward_mean
+    std = std if config.reward_std is None else config.reward_std
+    finite = all(isinstance(x, float | int) and math.isfinite(x) for x in (mean, std))
+    if not finite or std <= 0:
+        raise ConfigError(
+            f"--reward-model {name}: its config.json has reward_mean {mean!r}, reward_std {std!r}; "
+            "they must be finite, the deviation positive: give --reward-mean and --reward-std"
+        )
+    return mean, std

@@ -75,7 +75,9 @@ def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str)
         model = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # what a damaged file or a wrong shape makes transformers raise
         raise ConfigError(
             f"{flag} {name}: no model with a classification head of its kind ({first_line(error)})"
         ) from error
