@@ -166,6 +166,7 @@ def summary(folder, prompts, held_out=0, stream=None):
     """The last screen, written to a stream that is no terminal unless one is given."""
     stream = stream or io.StringIO()
     many = lambda n: [one_prompt(i) for i in range(n)]  # noqa: E731
+    (folder / "metrics.jsonl").write_text('{"optimizer_steps": 1}\n')
     with contextlib.redirect_stdout(stream):
         print_summary(Data(many(prompts), many(held_out), 2, 0), folder)
     return stream.getvalue() if isinstance(stream, io.StringIO) else None

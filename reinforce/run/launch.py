@@ -174,12 +174,14 @@ class Job:
         cpus = (self.hetjob.cpus() if self.hetjob else None) or os.cpu_count() or 1
         threads = max(1, cpus // int(self.processes)) if self.processes.isdigit() else 1
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        # as torchrun's --shutdown-timeout, which PyTorch 2.11 does not have
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         host, port = self.address
         torchrun = [
             *(self.hetjob.srun(1) if self.hetjob else []),
             *self.command("reinforce/run/torchrun.py"),
             *(self.hetjob.rendezvous() if self.hetjob else ["--standalone"]),
-            *("--nproc-per-node", self.processes, "--shutdown-timeout", "600"),
+            *("--nproc-per-node", self.processes),
             *("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
         ]
         words = ["--rm-host", host, "--rm-port", port, "--rm-wait", "600", "--log-dir", self.folder]
