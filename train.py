@@ -132,6 +132,7 @@ def start(life: exits.Life) -> None:
     inputs = setup.check(config, begun)
     name = "toy" if given.policy is None else Path(given.policy).name
     life.folder, identity = run_folder.open_run_folder(inputs, name)
+    life.claim(life.folder)
     actor = loading.load(inputs)
     run_folder.begin_run(life.folder, identity)
     with Run(life.folder, actor, inputs.data, inputs.start, life.stop) as run:

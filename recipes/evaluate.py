@@ -43,7 +43,7 @@ from reinforce.run.config import TrainConfig
 from reinforce.run.group import Group, make_groups
 from reinforce.run.loading import set_up
 from reinforce.run.metrics import distinct, mean_and_error, mean_reward, rewards_of
-from reinforce.run.resume import date_of
+from reinforce.run.resume import date_of, weights
 from reinforce.text import Prompt
 
 # the run's settings that a flag of evaluation replaces
@@ -160,6 +160,8 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         raise ConfigError(f"--run {run} has no checkpoints; give --policy")
     initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
     host, port = config.rm_host, config.rm_port
+    if config.initial_policy is None:
+        refuse_another(str(initial), run)
     if test is None:
         raise ConfigError("--test-data is missing: the run had no validation prompts")
     if host is None and toy.is_toy(str(base.policy)):
@@ -194,16 +196,31 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
     return base, run, config.policy or str(checkpoints[-1])
 
 
+def identity(run: Path) -> dict[str, Any]:
+    """What the run was; empty where that cannot be read."""
+    try:
+        found = json.loads((run / "identity.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_another(policy: str, run: Path) -> None:
+    """Raise ConfigError if this is not the policy any more that the run began with."""
+    began_with = identity(run).get("policy")
+    if began_with is not None and weights(policy) != began_with:
+        raise ConfigError(
+            f"--run {run}: the policy that it began with, {policy}, is not there or is another one "
+            "now; give it as --initial-policy"
+        )
+
+
 def toys_server(run: Path, stack: ExitStack) -> tuple[str, int] | tuple[None, None]:
     """Host and port of the toy's reward server, if the run was trained on the toy's reward."""
-    try:
-        trained_on = json.loads((run / "identity.json").read_text())["reward_model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
     host, port = stack.enter_context(toy.server())
     client = RewardClient(host, port, token=read_token())
     client.connect()
-    return (host, port) if client.fingerprint == trained_on else (None, None)
+    return (host, port) if client.fingerprint == identity(run).get("reward_model") else (None, None)
 
 
 def refuse_other_tokenizer(trained: str, initial: Any) -> None:

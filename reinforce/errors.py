@@ -1,4 +1,4 @@
-"""The three ways in which a run ends early on purpose, each with one sentence.
+"""The ways in which a run ends early on purpose, each with one sentence.
 
 Any other exception is a bug, and ends with exit code 1 and its traceback.
 """
@@ -10,6 +10,13 @@ class ConfigError(Exception):
 
 class RetryError(Exception):
     """Not your fault and maybe gone next time: run the same command again. Exit code 75."""
+
+
+class StoppedError(BaseException):
+    """A signal, before there was anything to save. Exit code 75.
+
+    No Exception: it may come in the middle of a library's call, whose errors mean something else.
+    """
 
 
 class FailedError(Exception):

@@ -46,7 +46,7 @@ class OwnBaseline(Baseline):
         """objective, valid (P, K) -> advantage (P, K). Raises OwnBaselineError."""
         try:
             advantage = self.function(objective.clone(), valid.clone())
-        except Exception as error:  # the file's code raises what it likes
+        except (Exception, SystemExit) as error:  # the file's code raises what it likes
             raise OwnBaselineError(
                 f"--baseline {self.name}: it raises {type(error).__name__}: {error}"
             ) from error
@@ -145,7 +145,7 @@ def _advantages(
         given = kept.clone(), valid.clone()
         try:
             advantage = function(*given)
-        except Exception as error:  # the file's code raises what it likes
+        except (Exception, SystemExit) as error:  # the file's code raises what it likes
             raise refusal(f"it raises {type(error).__name__}: {error}") from error
         same_reward = torch.equal(given[0].nan_to_num(), kept.nan_to_num())
         if not same_reward or not torch.equal(given[1], valid):

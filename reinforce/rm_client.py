@@ -42,10 +42,10 @@ class RefusedError(RewardError):
     `index` is its number in the request, None if the server does not say which.
     """
 
-    def __init__(self, message: str, index: int | None = None) -> None:
-        """`message` is for the user."""
+    def __init__(self, message: str, index: int | None = None, too_large: bool = False) -> None:
+        """`message` is for the user; `too_large`: fewer texts at a time may pass."""
         super().__init__(message)
-        self.index = index
+        self.index, self.too_large = index, too_large
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.index)  # another rank's is raised here, too
@@ -176,17 +176,22 @@ class RewardClient:
         if size > most and count == 1:
             raise RefusedError(f"a request of {size} bytes, and {self.url} takes {most}", start)
         if size > most:
-            middle = count // 2
-            first, second = (
-                {name: column[part] for name, column in columns.items()}
-                for part in (slice(middle), slice(middle, None))
-            )
-            return self._split(first, start) + self._split(second, start + middle)
+            return self._halves(columns, start)
         try:
             return self._score(columns)
         except RefusedError as error:
+            if error.too_large and error.index is None and count > 1:
+                return self._halves(columns, start)
             at = 0 if count == 1 else error.index
             raise RefusedError(str(error), None if at is None else start + at) from error
+
+    def _halves(self, columns: dict[str, list[Any]], start: int) -> list[float]:
+        middle = len(next(iter(columns.values()))) // 2
+        first, second = (
+            {name: column[part] for name, column in columns.items()}
+            for part in (slice(middle), slice(middle, None))
+        )
+        return self._split(first, start) + self._split(second, start + middle)
 
     def _score(self, columns: dict[str, list[Any]]) -> list[float]:
         self._requests += 1
@@ -293,7 +298,7 @@ class RewardClient:
             said = f"{self.url}{path} answered HTTP {reply.status}: {message_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":
                 texts = payload.get("query") or payload.get("messages") or []
-                raise RefusedError(said, index_of(reply.body, len(texts)))
+                raise RefusedError(said, index_of(reply.body, len(texts)), reply.status == 413)
             raise RewardError(said)
         if reply.kind != "application/json":
             raise RewardError(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from recipes import toy
 from reinforce.run import checkpoint
 
 
-def save(run, step, reward, keep=1):
-    return checkpoint.save(run, step, tiny_llama(), None, toy.make_tokenizer(), {"val_reward": reward}, keep)
+def save(run, step, rewards, keep=1):
+    return checkpoint.save(run, step, tiny_llama(), None, toy.make_tokenizer(), {"val_reward": rewards.get(step)}, keep, rewards)
 
 
 def names(run):
@@ -22,43 +24,67 @@ def names(run):
 
 
 def test_the_last_checkpoint_and_the_best_of_the_others_are_kept(tmp_path):
-    for step, reward in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
-        save(tmp_path, step, reward)
+    rewards = {1: 0.5, 2: 0.9, 4: 0.7, 5: 0.1}
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, rewards)
     assert names(tmp_path) == ["step-000002", "step-000004"]
     assert json.loads((tmp_path / "checkpoints/step-000004/state.json").read_text()) == {"step": 4, "val_reward": 0.7}
-    save(tmp_path, 5, 0.1, keep=0)
+    save(tmp_path, 5, rewards, keep=0)
     assert names(tmp_path) == ["step-000005"]
+
+
+def test_a_validation_that_was_made_up_later_counts_for_the_best_checkpoint(tmp_path):
+    save(tmp_path, 1, {})
+    save(tmp_path, 2, {2: 0.5})
+    save(tmp_path, 3, {1: 0.9, 2: 0.5, 3: 0.1})
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+
+
+def test_a_copy_that_a_user_made_beside_the_checkpoints_is_neither_removed_nor_read(tmp_path):
+    first = save(tmp_path, 1, {})
+    shutil.copytree(first, first.with_name("step-000001-best"))
+    save(tmp_path, 2, {}, keep=0)
+    assert names(tmp_path) == ["step-000001-best", "step-000002"]
+    checkpoint.set_aside(tmp_path, 1)
+    assert names(tmp_path) == ["damaged-step-000002", "step-000001-best"] and checkpoint.newest(tmp_path) is None
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_the_new_one_is_there(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, {})
+    monkeypatch.setattr(checkpoint, "_remove", mock.Mock(side_effect=OSError("busy")))
+    save(tmp_path, 2, {}, keep=0)
+    assert names(tmp_path) == ["step-000001", "step-000002"] and "could not be removed: busy" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_an_ordinary_folder_with_tied_weights_once(tmp_path):
     model = toy.LlamaForCausalLM(toy.make_config(toy.make_tokenizer()))
-    folder = checkpoint.save(tmp_path, 7, model, None, toy.make_tokenizer(), {}, 1)
+    folder = checkpoint.save(tmp_path, 7, model, None, toy.make_tokenizer(), {}, 1, {})
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert AutoModelForCausalLM.from_pretrained(folder).lm_head.weight.equal(model.lm_head.weight)
 
 
 def test_a_kill_before_the_rename_leaves_the_earlier_checkpoint_and_no_half_one(tmp_path, monkeypatch):
-    save(tmp_path, 1, 0.5)
+    save(tmp_path, 1, {1: 0.5})
 
     def killed(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2, 0.6)
+        save(tmp_path, 2, {1: 0.5, 2: 0.6})
     monkeypatch.undo()
     assert [n for n in names(tmp_path) if n.startswith("step-")] == ["step-000001"]
-    save(tmp_path, 2, 0.6)
+    save(tmp_path, 2, {1: 0.5, 2: 0.6})
     assert names(tmp_path) == ["step-000001", "step-000002"], "the half-written one is swept"
 
 
 def test_of_checkpoints_that_are_equally_good_the_newer_is_kept(tmp_path):
     """Without validation all are, and the oldest is nobody's choice."""
     for step in (1, 2, 3, 4):
-        save(tmp_path, step, None)
+        save(tmp_path, step, {})
     assert names(tmp_path) == ["step-000003", "step-000004"]
-    save(tmp_path, 5, 0.5)
-    save(tmp_path, 6, 0.5)
+    save(tmp_path, 5, {5: 0.5})
+    save(tmp_path, 6, {5: 0.5, 6: 0.5})
     assert names(tmp_path) == ["step-000005", "step-000006"]
 
 
@@ -73,7 +99,7 @@ def stepped(model):
 def test_inference_engines_find_the_weights_and_nothing_else(tmp_path):
     """vLLM and SGLang read every *.safetensors beside config.json: each name there must be a parameter of the model."""
     model = tiny_llama()
-    folder = checkpoint.save(tmp_path, 3, model, stepped(model), toy.make_tokenizer(), {}, 1)
+    folder = checkpoint.save(tmp_path, 3, model, stepped(model), toy.make_tokenizer(), {}, 1, {})
     read = {}
     for path in folder.glob("*.safetensors"):
         read |= load_file(path)
@@ -90,7 +116,7 @@ def test_inference_engines_find_the_weights_and_nothing_else(tmp_path):
 def test_an_optimizer_in_the_old_place_is_still_read(tmp_path):
     model = tiny_llama()
     optimizer = stepped(model)
-    folder = checkpoint.save(tmp_path, 3, model, optimizer, toy.make_tokenizer(), {}, 1)
+    folder = checkpoint.save(tmp_path, 3, model, optimizer, toy.make_tokenizer(), {}, 1, {})
     (folder / "training/optimizer.safetensors").rename(folder / "optimizer.safetensors")
     other = torch.optim.AdamW(model.parameters(), lr=0.1)
     checkpoint.restore(folder, model, other)
@@ -102,7 +128,7 @@ def test_the_files_have_the_permissions_that_the_umask_gives(tmp_path):
     before = os.umask(0o022)
     try:
         model = tiny_llama()
-        folder = checkpoint.save(tmp_path, 1, model, stepped(model), toy.make_tokenizer(), {}, 1)
+        folder = checkpoint.save(tmp_path, 1, model, stepped(model), toy.make_tokenizer(), {}, 1, {})
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o644}

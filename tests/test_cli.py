@@ -41,7 +41,7 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--lr", "nan"], "--lr is nan"), (["--skip-refused", "-1"], "--skip-refused"), ([*HERE[:2], "--rm-port", "0"], "--rm-port is 0"),
     (["--rm-host", "http://here", "--rm-port", "1"], "--rm-host 'http://here' is no host"),
     (["--rm-host", "a b", "--rm-port", "1"], "is no host"), (["--min-lr", "inf"], "--min-lr is inf; it must be finite"),
-    (["--min-lr", "1", "--lr", "1e-3"], "--min-lr 1.0 is above --lr 0.001"),
+    (["--rm-host", "foo..bar", "--rm-port", "1"], "--rm-host 'foo..bar' is no host"), (["--min-lr", "1", "--lr", "1e-3"], "--min-lr 1.0 is above --lr 0.001"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused_by_name(flags, reason):
     with pytest.raises(ConfigError) as refused:

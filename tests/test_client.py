@@ -102,6 +102,19 @@ def test_statuses_that_a_retry_cannot_cure_end_the_run_even_with_plausible_rewar
     assert len(s.posts) == 1
 
 
+def test_a_request_that_is_too_large_in_a_way_that_no_limit_tells_is_halved(server):
+    def at_most_two(request, connection=None):
+        return good(request) if len(request["query"]) <= 2 else reply({"message": "too many lists"}, 413)
+
+    s = server(at_most_two, info={**INFO, "max_texts": 8})
+    assert client(s).rewards(query=["a" * n for n in range(1, 8)], labels=list(range(7))) == [1, 2, 3, 4, 5, 6, 7]
+    assert [len(p["query"]) for p in s.posts] == [7, 3, 1, 2, 4, 2, 2] and s.posts[-1]["labels"] == [5, 6]
+    s = server(reply({"message": "no"}, 413))
+    with pytest.raises(RewardError, match="no"):
+        client(s).rewards(query=["a", "b"])
+    assert [len(p["query"]) for p in s.posts] == [2, 1], "the first text alone is refused"
+
+
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
 def test_statuses_that_may_pass_are_tried_again(server, status):
     s = server(reply({}, status), reply({}, status), good)

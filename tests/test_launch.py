@@ -1,6 +1,7 @@
 """launch.sh: one exit code at every stage, no process left behind, Ctrl-C for the trainer alone."""
 
 import ast
+import fcntl
 import json
 import os
 import re
@@ -233,6 +234,19 @@ def zombie(pid):
 def test_what_the_launcher_gives_itself_is_refused_from_others(launch, tmp_path, words):
     out, _ = (job := launch(*words)).communicate(timeout=20)
     assert job.returncode == 2 and "launch.sh: --" in out and not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("lock", [".launch", ".lock"])
+def test_a_folder_in_which_a_run_is_going_on_is_left_alone(launch, tmp_path, lock):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("exit.json", "server.log", "server.ready"):
+        (run / name).write_text("another's")
+    with (run / lock).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        out, _ = (job := launch("run", "--", "--log-dir", str(run))).communicate(timeout=20)
+    assert job.returncode == 2 and "a run is going on there right now" in out, out
+    assert {(run / name).read_text() for name in ("exit.json", "server.log", "server.ready")} == {"another's"}
 
 
 def test_compare_takes_a_server_of_the_user(launch, tmp_path):

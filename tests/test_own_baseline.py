@@ -59,6 +59,9 @@ class BadState(Average):
 
 
 bad_state = BadState()
+
+def leaves(R, valid):
+    raise SystemExit(3)
 '''  # fmt: skip
 
 
@@ -89,6 +92,7 @@ def test_a_function_and_an_object_are_taken_and_checking_leaves_no_trace(file, n
         ("forgets_valid", "must be 0 where valid is false"),
         ("writes", "writes to its inputs"),
         ("raises", "raises RuntimeError"),
+        ("leaves", "raises SystemExit: 3"),
         ("one_argument", "raises TypeError"),
         ("bad_state", "must be a JSON value"),
         ("nowhere", "no function 'nowhere'"),

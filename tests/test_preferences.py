@@ -59,6 +59,8 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, record, rea
     {"chosen": "hello", "rejected": "x"}, {"chosen": dialogue("a"), "rejected": dialogue("a")}, {"chosen": dialogue("a", "b")},
     {"chosen": "\n\nAssistant: first", "rejected": "\n\nAssistant: first"}, {"chosen": 3, "rejected": 4}, [1],
     {"chosen": [{"role": "user"}], "rejected": []}, {"prompt": "text", "chosen": dialogue("a", "b"), "rejected": dialogue("a", "c")},
+    {"prompt": " ", "chosen": "b", "rejected": "c"}, {"prompt": 3, "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 1, "rejected": "c"},
+    {"prompt": "text", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": "c"},
 ])  # fmt: skip
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, record):
     path = save(tmp_path / "p.jsonl", [pair("yes", "no", "Really?"), record])
@@ -72,6 +74,15 @@ def test_the_same_pair_as_dialogue_as_conversations_and_with_a_prompt_of_its_own
     before, replies = [{"role": "user", "content": "Hi"}], {"chosen": "Hello.", "rejected": "Go."}
     answers = {k: [{"role": "assistant", "content": v}] for k, v in replies.items()}
     forms = [pair("Hello.", "Go.", "Hi"), {k: before + v for k, v in answers.items()}, {"prompt": before, **answers}]
+    forms += [
+        {"prompt": "Hi", **replies},
+        {"prompt": "Hi", **answers},
+        {"prompt": "Hi", **{k: before + v for k, v in answers.items()}},
+    ]
+    forms += [
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", **replies},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", **pair("Hello.", "Go.", "Hi")},
+    ]
     assert len({repr(parse_pair(form)) for form in forms}) == 1
 
 

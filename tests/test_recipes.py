@@ -262,6 +262,32 @@ def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(
     assert embedded["curves"].startswith("data:image/png;base64,")
 
 
+def test_a_run_is_evaluated_from_another_folder_and_not_against_another_policy(small, server, tmp_path, monkeypatch):
+    shutil.copytree(small / "policy", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *data_flags(small, server),
+        *SIZES,
+        "--policy",
+        "base",
+        "--val-data",
+        small / "train.jsonl",
+        "--log-dir",
+        "run",
+        "--max-steps",
+        "1",
+    ]
+    assert train_here(*words).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    address = ["--run", "../run", "--rm-host", "127.0.0.1", "--rm-port", server, "--max-prompts", "2"]
+    assert recipe(evaluate, *address)[0] == 0
+    tiny_llama(vocabulary=200).save_pretrained(tmp_path / "base")
+    code, out = recipe(evaluate, *address)
+    assert code == 2 and f"the policy that it began with, {tmp_path}/base, is not there or is another one now" in out, out
+    assert recipe(evaluate, *address, "--initial-policy", small / "policy")[0] == 0
+
+
 @pytest.mark.parametrize("reward_model", ["the toy's", "another"])
 def test_a_run_on_the_toy_s_policy_is_judged_by_the_toy_s_reward_only_if_that_trained_it(
     small, server, tmp_path, monkeypatch, reward_model

@@ -1,5 +1,7 @@
 """A run that cannot be lost: killed, stopped, damaged or out of disk, the same command goes on, bitwise; another one is refused."""
 
+import errno
+import io
 import json
 import os
 import resource
@@ -16,9 +18,11 @@ import torch
 from conftest import ROOT, environment, metrics, script, torchrun, train_here
 from safetensors.torch import load_file
 
-from reinforce.errors import ConfigError, FailedError, RetryError
+import train
+from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError
 from reinforce.rm_client import RewardClient
-from reinforce.run import checkpoint, resume
+from reinforce.run import checkpoint, distributed, exits, resume
+from reinforce.run import folder as run_folders
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import claimed
 from reinforce.run.stop import Stop
@@ -97,7 +101,7 @@ from recipes import toy
 from reinforce.run import checkpoint
 model, tokenizer, place = tiny_llama(), toy.make_tokenizer(), Path({str(tmp_path)!r})
 def save(run, step):
-    checkpoint.save(run, step, model, None, tokenizer, {{}}, 0)
+    checkpoint.save(run, step, model, None, tokenizer, {{}}, 0, {{}})
 save(place / "first", 1)
 at, seen = 0, []
 while True:
@@ -285,11 +289,61 @@ def test_a_decaying_rate_ties_a_run_to_its_end_and_a_younger_flag_counts_as_its_
     assert "ratio_clip was 0.2, is 0.3" in go(flags, run, 6, "--ratio-clip", "0.3", code=2)
 
 
+def test_a_signal_while_a_model_loads_is_code_75_though_libraries_errors_are_caught_there(flags, tmp_path, monkeypatch):
+    def slow(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", slow)
+    out = train_here(*flags, "--log-dir", tmp_path)
+    assert out.returncode == 75 and "train.py: stopped by SIGTERM before the first step" in out.stdout, out.stdout
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 75
+
+
+def test_a_new_folder_of_its_own_is_held_like_a_given_one(flags, tmp_path, monkeypatch):
+    def elsewhere(self, step):
+        with pytest.raises(ConfigError, match="a run is going on there right now"), run_folders.claimed(self._folder):
+            pass
+        tried.append(step)
+        return rate(self, step)
+
+    tried, rate = [], train.Run.learning_rate
+    monkeypatch.setattr(train.Run, "learning_rate", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    out = train_here(*flags, "--max-steps", "1")
+    assert out.returncode == 0 and tried, out.stdout
+    with run_folders.claimed(tmp_path / "runs/latest"):
+        pass
+
+
+def test_a_full_disk_is_one_sentence_and_an_encoding_that_lacks_a_letter_no_traceback(capsys, monkeypatch):
+    code, reason = exits.outcome(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "No space left on device" in reason and "Traceback" not in capsys.readouterr().err
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert exits.run(lambda: print("π · ±", flush=True)) == 0
+    assert stream.buffer.getvalue() == rb"\u03c0 \xb7 \xb1" + b"\n"
+
+
+def test_two_ranks_that_find_two_reward_models_at_one_address_are_refused(flags, monkeypatch):
+    of_all = distributed.of_all
+    monkeypatch.setattr(
+        distributed, "of_all", lambda item: [item, "f" * 64] if isinstance(item, str) and len(item) == 64 else of_all(item)
+    )
+    out = train_here(*flags)
+    assert out.returncode == 2 and "ranks have found different reward models" in out.stdout and "Traceback" not in out.stdout, (
+        out.stdout
+    )
+
+
+def test_of_two_log_dirs_the_last_one_is_the_run_s_for_the_lock_too():
+    assert str(run_folders.log_dir_of(["--log-dir", "a", "--log-dir=b"])) == "b" and run_folders.log_dir_of(["x"]) is None
+
+
 def test_a_second_signal_before_the_first_step_is_not_a_second_end():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         stop = Stop()
-        with pytest.raises(RetryError, match="SIGTERM before the first step"):
+        with pytest.raises(StoppedError, match="SIGTERM before the first step"):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reason == "SIGINT"

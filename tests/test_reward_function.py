@@ -17,6 +17,8 @@ from reinforce.errors import ConfigError
 from reinforce.run.config import TrainConfig
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.function import load_function
+from reinforce.serving.load import load_reward
+from reinforce.serving.protocol import Text
 
 FILE = """
 import asyncio
@@ -133,6 +135,13 @@ def test_a_file_that_cannot_be_imported_is_refused_with_its_line(tmp_path, text,
     with pytest.raises(ConfigError) as refused:
         load_function(f"{tmp_path}/broken.py:f")
     assert str(refused.value).endswith(reason)
+
+
+def test_what_a_function_writes_to_a_label_is_gone_when_it_is_called_again(tmp_path):
+    (tmp_path / "f.py").write_text("def f(prompts, completions, labels):\n    return [label.pop('answer') for label in labels]\n")
+    reward = load_reward(ServeConfig(reward_fn=f"{tmp_path}/f.py:f"))
+    items = [reward.encode(Text("a", None, None, None, {"answer": 3.0}, True))[0]]
+    assert [reward.score(items) for _ in range(2)] == [[3.0], [3.0]]
 
 
 def test_the_server_refuses_in_one_sentence_before_it_is_ready(file, tmp_path):

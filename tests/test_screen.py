@@ -162,11 +162,11 @@ def rollout(step, index, responses, rewards):
     return json.dumps({"step": step, "index": index, "prompt": "rendered", "response": responses, "reward": rewards}) + "\n"
 
 
-def summary(folder, prompts, held_out=0, stream=None):
+def summary(folder, prompts, held_out=0, stream=None, lines=({"optimizer_steps": 1, "refused": 0},)):
     """The last screen, written to a stream that is no terminal unless one is given."""
     stream = stream or io.StringIO()
     many = lambda n: [one_prompt(i) for i in range(n)]  # noqa: E731
-    (folder / "metrics.jsonl").write_text('{"optimizer_steps": 1}\n')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with contextlib.redirect_stdout(stream):
         print_summary(Data(many(prompts), many(held_out), 2, 0), folder)
     return stream.getvalue() if isinstance(stream, io.StringIO) else None
@@ -186,6 +186,14 @@ def test_a_step_of_one_prompt_shows_two_of_its_responses_and_a_refused_one_has_n
     out = summary(tmp_path, 1)
     assert [line for line in out.splitlines() if line.startswith("step")] == [
         "step 1  +1.00  a1", "step 1  refused  b1", "step 2  +1.00  a2", "step 2  refused  b2"]  # fmt: skip
+
+
+def test_refused_responses_and_steps_without_update_are_counted(tmp_path):
+    lines = [{"optimizer_steps": n, "refused": r} for n, r in ((1, 0), (0, 2), (0, 5))]
+    (tmp_path / "rollouts.jsonl").write_text(rollout(1, 0, ["a", "b"], [1.0, 2.0]))
+    out = summary(tmp_path, 1, lines=lines)
+    assert "no update    in 2 steps" in out and "left out     5 responses that the reward server refused" in out
+    assert "no update" not in summary(tmp_path, 1) and "left out" not in summary(tmp_path, 1)
 
 
 def test_a_run_of_one_step_shows_it_once(tmp_path):

@@ -2,8 +2,10 @@
 
     {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi\\n\\n..."}
     {"chosen": [{"role", "content"}, ...], "rejected": [...]}
+    {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}
 
-Each side is the whole conversation, or the end of it where "prompt" is its beginning. HH-RLHF's
+Each side is the whole conversation, or the end of it where "prompt" is its beginning; a text that
+is no dialogue is one turn. HH-RLHF's
 dialogues are text: a turn begins at a blank line, the speaker's name and a colon; "Human:" anywhere
 else is text, and so is a speaker's name before a second turn of the same speaker. Real data has
 pairs that teach nothing; they are counted by reason, never crashed on.
@@ -21,6 +23,7 @@ from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.text import is_chat
 
+DIALOGUE = "\n\nHuman:"  # how HH-RLHF's text begins
 ROLES = {"Human": "user", "Assistant": "assistant"}
 Messages = list[dict[str, str]]
 
@@ -68,12 +71,25 @@ def conversation(value: Any) -> Messages:
 
 def side(record: dict[str, Any], key: str) -> Messages:
     """The whole conversation of one side of a pair, "chosen" or "rejected". Raises BadLineError."""
-    prompt = record.get("prompt")
+    prompt, reply = record.get("prompt"), record[key]
     if prompt is None:
-        return conversation(record[key])
-    if not is_chat(prompt) or not is_chat(record[key]):
-        raise BadLineError(f'"prompt" and "{key}" must both be lists of {{"role", "content"}}')
-    return conversation([*prompt, *record[key]])
+        return conversation(reply)
+    if is_chat(prompt) and is_chat(reply):
+        return conversation([*prompt, *reply])
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(reply, str | list):
+        raise BadLineError(f'"prompt" and "{key}" must be texts, or lists of {{"role", "content"}}')
+    if isinstance(reply, str) and not reply.startswith(DIALOGUE):
+        if prompt.startswith(DIALOGUE):
+            return conversation(prompt + reply)
+        reply = [{"role": "assistant", "content": reply.strip()}]
+    if isinstance(reply, list) and is_chat(reply) and reply[0]["role"] == "assistant":
+        return conversation([{"role": "user", "content": prompt.strip()}, *reply])
+    whole = conversation(reply)  # and its beginning once more as the prompt
+    if not any(
+        m["content"].strip() in prompt or prompt.strip() in m["content"] for m in whole[:-1]
+    ):
+        raise BadLineError(f'"prompt" is not in "{key}", which has a prompt of its own')
+    return whole
 
 
 def parse_pair(record: Any) -> Preference:

@@ -75,7 +75,7 @@ def check_record(
         raise BadLineError(f'"{key}" must be a string that is not empty, or a list of messages')
     must_be_unicode(key, value)
     if label_key is not None and label_key not in record:
-        raise BadLineError(f'no "{label_key}" (--label-key); {columns(record)}')
+        raise BadLineError(f'no "{label_key}" (--label-key), or null; {columns(record)}')
     label = label_key or "label"
     if label in record:
         checked["label"] = record[label]

@@ -17,6 +17,7 @@ shards written by every rank (one copy of the model must fit into rank 0's memor
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -45,12 +46,13 @@ def save(
     tokenizer: Any,
     state: dict[str, Any],
     keep_best: int,
+    rewards: dict[int, float],
 ) -> Path:
     """Write the checkpoint of `step` finished steps, and remove older ones that are not kept.
 
-    Kept are this one and, by state["val_reward"], the `keep_best` best of the others. Every rank
-    calls it, and rank 0 writes. Raises FailedError on all ranks if rank 0 cannot write (the disk is
-    full, for one); older checkpoints are then untouched.
+    Kept are this one and, by the validation `rewards` after their steps, the `keep_best` best of
+    the others. Every rank calls it, and rank 0 writes. Raises FailedError on all ranks if rank 0
+    cannot write (the disk is full, for one); older checkpoints are then untouched.
     """
     adapted = adapter.tensors(model)  # empty without LoRA
     weights = dict(_gather_tensors((adapted or model.state_dict(keep_vars=True)).items()))
@@ -87,7 +89,10 @@ def save(
                 f"checkpoints are untouched: remove the cause, then give the same command "
                 f"with --log-dir {run}"
             ) from error
-        _prune(folder, keep_best)
+        try:
+            _prune(folder, keep_best, rewards)
+        except OSError as error:
+            print(f"!! an older checkpoint could not be removed: {error}", file=sys.stderr)
         return folder
 
     return distributed.together(write, only_first=True)
@@ -201,7 +206,9 @@ def flaw(folder: Path) -> str | None:
 
 def steps(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, damaged ones included."""
-    return sorted(run.glob("checkpoints/step-*"), key=lambda folder: folder.name)
+    found = run.glob("checkpoints/step-*")  # and no copy that a user has made beside them
+    ours = [folder for folder in found if re.fullmatch(r"step-\d+", folder.name)]
+    return sorted(ours, key=lambda folder: folder.name)
 
 
 def newest(run: Path) -> Path | None:
@@ -260,16 +267,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(folder: Path, keep_best: int) -> None:
+def _prune(folder: Path, keep_best: int, rewards: dict[int, float]) -> None:
     """Remove all checkpoints but this one and the `keep_best` best of the others."""
 
     def merit(other: Path) -> tuple[float, str]:
         """The validation reward; of two equal ones the newer checkpoint is better."""
-        try:
-            reward = state(other).get("val_reward")
-        except (OSError, ValueError):
-            reward = None
-        return float("-inf") if reward is None else reward, other.name
+        step = int(other.name.removeprefix("step-"))
+        return rewards.get(step, float("-inf")), other.name
 
     others = [other for other in steps(folder.parent.parent) if other != folder]
     for other in sorted(others, key=merit, reverse=True)[keep_best:]:

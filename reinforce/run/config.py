@@ -425,7 +425,8 @@ class TrainConfig:
     def _check_server(self) -> None:
         if (self.rm_host is None) != (self.rm_port is None):
             raise ConfigError("--rm-host and --rm-port come together: give both or neither")
-        if self.rm_host is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", self.rm_host):
+        host = self.rm_host or "x"
+        if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", host) or ".." in host or host[0] == ".":
             raise ConfigError(
                 f"--rm-host {self.rm_host!r} is no host: "
                 "give a name or an address, without http:// and port"

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce import device as devices
-from reinforce.errors import ConfigError, FailedError, RetryError
+from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError
 from reinforce.policy import blocks
 
 T = TypeVar("T")
@@ -205,11 +205,11 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
     raised on all of them, so that no rank waits for another.
     """
     result: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
     if rank() == 0 or not only_first:
         try:
             result = work()
-        except (ConfigError, RetryError, FailedError) as raised:
+        except (ConfigError, RetryError, StoppedError, FailedError) as raised:
             error = raised
     if world_size() > 1 and only_first:
         outcome = [result, error]

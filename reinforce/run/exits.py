@@ -9,6 +9,8 @@ torchrun turns every code but 0 into 1, so the code and its reason are also in <
 """
 
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from reinforce.errors import ConfigError, FailedError, RetryError, first_line
+from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError, first_line
 from reinforce.run import distributed
 from reinforce.run.folder import claimed, is_ours, log_dir_of
 from reinforce.run.stop import Stop
@@ -37,11 +39,16 @@ def run(
     folder by then.
     """
     expected = True
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of any encoding: what that lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         code, reason = 0, "done"
     except KeyboardInterrupt:
         code, reason = 75, "interrupted"
+    except StoppedError as error:
+        code, reason = 75, str(error)
     except Exception as error:
         expected = isinstance(error, (ConfigError, RetryError, FailedError))
         code, reason = outcome(error)
@@ -74,6 +81,8 @@ def outcome(error: Exception) -> tuple[int, str]:
             f"out of GPU memory ({line}); lower --micro-batch-size, --micro-batch-tokens (update) "
             "or --rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, f"{line}; remove the cause, then give the same command again"
     if distributed.lost(error):
         return 75, f"another rank is gone ({line})"
     traceback.print_exc()
@@ -104,8 +113,15 @@ class Life:
     def __init__(self) -> None:
         """Take over the signals of this process."""
         self.stop = Stop()
+        self._claimed: Path | None = None
         self.stack = ExitStack()  # what must be closed
         self.folder: Path | None = None  # where exit.json goes, once it is known
+
+    def claim(self, folder: Path) -> None:
+        """Hold the run folder until this life ends, on rank 0. Raises ConfigError."""
+        if distributed.rank() == 0 and self._claimed is None:
+            self.stack.enter_context(claimed(folder))
+            self._claimed = folder
 
 
 def run_in_folder(body: Callable[[Life], None]) -> int:
@@ -119,7 +135,7 @@ def run_in_folder(body: Callable[[Life], None]) -> int:
         life = Life()
         with life.stack:
             if given is not None and distributed.rank() == 0:
-                life.stack.enter_context(claimed(given))
+                life.claim(given)
                 folder = given
             try:
                 body(life)

@@ -129,9 +129,10 @@ def new_folder(name: str, flag: str) -> None:
 
 def log_dir_of(argv: Sequence[str]) -> Path | None:
     """--log-dir of a command line that may be wrong elsewhere: exit.json goes there."""
-    for i, word in enumerate(argv):
+    found = None
+    for i, word in enumerate(argv):  # the last one counts, as argparse has it
         if word == "--log-dir" and i + 1 < len(argv):
-            return Path(argv[i + 1])
+            found = Path(argv[i + 1])
         if word.startswith("--log-dir="):
-            return Path(word.partition("=")[2])
-    return None
+            found = Path(word.partition("=")[2])
+    return found

@@ -23,6 +23,7 @@ Exit codes: 0 done, 1 failed, 2 your configuration or input, 75 run the same com
 from __future__ import annotations
 
 import difflib
+import fcntl
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -131,6 +133,7 @@ class Job:
     def serve(self, *flags: object) -> None:
         """Start serve_rm.py and wait until it answers."""
         self.folder = new_folder(self.given_folder, self.name, self.hetjob)
+        self.held = hold(self.folder, 120 if self.hetjob else 0)
         ready, self.log = self.folder / "server.ready", self.folder / "server.log"
         for stale in (ready, self.folder / "exit.json"):
             stale.unlink(missing_ok=True)
@@ -306,6 +309,31 @@ def new_folder(given: str | None, name: str, hetjob: slurm.Hetjob | None) -> Pat
         reason = f"--log-dir {folder} cannot be made ({error.strerror}); give another folder"
         raise EndedError(2, reason) from error
     return folder.resolve() if hetjob else folder  # a container may start in another folder
+
+
+def hold(folder: Path, wait: float) -> IO[str]:
+    """The lock of this launcher on a run folder, held while it is open. Raises EndedError.
+
+    train.py holds a lock of its own. On a network file system a lock of a crashed node may last.
+    """
+    end = time.monotonic() + wait
+    while True:
+        held = (folder / ".launch").open("a")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with (folder / ".lock").open("a") as trainers:
+                fcntl.flock(trainers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except BlockingIOError as error:
+            held.close()
+            if time.monotonic() >= end:
+                reason = (
+                    "a run is going on there right now; wait for its end, or give another folder"
+                )
+                raise EndedError(2, f"--log-dir {folder}: {reason}") from error
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return held
 
 
 def newest_checkpoint(folder: Path) -> str:

@@ -61,8 +61,11 @@ class Run:
         self._began = time.perf_counter()
         recorder = Silent if distributed.rank() else Recorder
         self._recorder = recorder(folder, self._total, self._done)
-        # the steps after which validation.jsonl has a validation
-        self._validated = distributed.together(lambda: set(recorded(folder)), only_first=True)
+        # the mean reward of each validation in validation.jsonl, by the step it was made after
+        self._validated = distributed.together(
+            lambda: {step: mean_reward(groups)[0] for step, groups in recorded(folder).items()},
+            only_first=True,
+        )
 
     def __enter__(self) -> "Run":
         """Begin the block in which nothing finished is lost."""
@@ -244,7 +247,7 @@ class Run:
             self._held[0]["val_reward"] = self._val_reward
         self._write()
         self._recorder.validated(done, groups)
-        self._validated.add(done)
+        self._validated[done] = self._val_reward
 
     def save_if_due(self) -> None:
         """Write the lines of the step and, if one is due, a checkpoint.
@@ -277,5 +280,8 @@ class Run:
         }
         model, tokenizer = self._actor.model, self._actor.tokenizer
         optimizer, keep_best = self._optimizer, self._config.save_top_k
-        checkpoint.save(self._folder, self._done, model, optimizer, tokenizer, state, keep_best)
+        checkpoint.save(
+            *(self._folder, self._done, model, optimizer, tokenizer, state),
+            *(keep_best, self._validated),
+        )
         self._saved = self._done

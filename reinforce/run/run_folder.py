@@ -11,6 +11,7 @@ import transformers
 from reinforce import own_baseline
 from reinforce.errors import ConfigError
 from reinforce.run import checkpoint, distributed, resume
+from reinforce.run.config import TrainConfig
 from reinforce.run.folder import new_run_folder, point_latest
 from reinforce.run.setup import Inputs
 
@@ -33,6 +34,7 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
         resume.truncate_logs(folder, inputs.start.step)
         facts = {
             **dataclasses.asdict(config),
+            **_absolute(config),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -45,6 +47,19 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
         return folder, identity
 
     return distributed.together(opened, only_first=True)
+
+
+def _absolute(config: TrainConfig) -> dict[str, str]:
+    """Policy and prompts of a run by their whole paths, for who reads them in another folder.
+
+    A name that is no path here, such as a hub id, is left out.
+    """
+    named = {name: getattr(config, name) for name in ("policy", "train_data", "val_data")}
+    return {
+        name: str(Path(value).absolute())
+        for name, value in named.items()
+        if value is not None and Path(value.partition("[")[0]).exists()
+    }
 
 
 def identity_of(inputs: Inputs) -> dict[str, Any]:

@@ -103,6 +103,11 @@ def check(
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
     client = RewardClient(host, port, token=read_token(), fingerprint=config.rm_fingerprint)
     client.connect(config.rm_wait)
+    if len(set(distributed.of_all(client.fingerprint))) > 1:
+        raise ConfigError(
+            f"--rm-host/--rm-port: at {client.url} ranks have found different reward models; "
+            "let all servers behind that address serve the same one"
+        )
 
     team = config.tensor_model_parallel_size
     tensor_parallel.refuse_policy(read_config(policy, policy_flag), team, f"{policy_flag} {policy}")

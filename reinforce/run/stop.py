@@ -4,7 +4,7 @@ import signal
 import time
 from types import FrameType
 
-from reinforce.errors import RetryError
+from reinforce.errors import StoppedError
 
 
 class Stop:
@@ -27,7 +27,7 @@ class Stop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.signal = self.signal is None, signal.Signals(number).name
         if is_first and not self.in_loop:
-            raise RetryError(f"stopped by {self.signal} before the first step")
+            raise StoppedError(f"stopped by {self.signal} before the first step")
 
     @property
     def reason(self) -> str | None:

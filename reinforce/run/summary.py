@@ -36,8 +36,11 @@ def print_summary(data: Data, folder: Path) -> None:
         "policy": policies[-1] if policies else folder / "checkpoints",
     }
     print()
-    if idle := _steps_without_update(folder / "metrics.jsonl"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    if idle := sum(line["optimizer_steps"] == 0 for line in lines):
         print(f"{'no update':<13}in {idle} steps: none of their responses counted")
+    if lines and lines[-1]["refused"]:
+        print(f"{'left out':<13}{lines[-1]['refused']} responses that the reward server refused")
     for name, path in places.items():
         print(f"{name:<13}{path}")
     print(f"{'peak memory':<13}{peak_memory():.1f} GiB", flush=True)
@@ -81,11 +84,6 @@ def _print_training(prompts: list[Prompt], folder: Path, columns: int) -> None:
             prompt = asked.get(group["index"], group["prompt"])
             _print_text("prompt", "", prompt, columns)
             _print_text(name, _signed(group["reward"][k]), group["response"][k], columns)
-
-
-def _steps_without_update(metrics: Path) -> int:
-    with metrics.open() as lines:
-        return sum(json.loads(line)["optimizer_steps"] == 0 for line in lines)
 
 
 def _first_and_last(rollouts: Path) -> dict[str, list[dict[str, Any]]]:

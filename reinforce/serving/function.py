@@ -5,6 +5,7 @@ is told to whoever asked for the reward, with the function's file and line.
 """
 
 import inspect
+from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class RewardFunction:
         """Whatever the function returns. Raises FunctionError for whatever it raises."""
         try:
             return self.named.value(prompts=prompts, completions=completions, labels=labels)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, CancelledError) as error:
             if is_out_of_memory(error):
                 raise
             raise FunctionError(blame(error, self.named.file)) from error

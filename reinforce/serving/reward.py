@@ -1,5 +1,6 @@
 """What is served, as texts -> items -> scores; and a plain Python function as such a reward."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -43,6 +44,7 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
     def run(items: list[tuple[str, str, Any]]) -> list[float]:
         prompts, completions, labels = (list(column) for column in zip(*items, strict=True))
+        labels = copy.deepcopy(labels)  # a function may write to them, and be called again
         scores = function(prompts=prompts, completions=completions, labels=labels)
         return numbers_of(scores, len(items), function.shown)
 
