@@ -85,9 +85,8 @@ def side(record: dict[str, Any], key: str) -> Messages:
     if isinstance(reply, list) and is_chat(reply) and reply[0]["role"] == "assistant":
         return conversation([{"role": "user", "content": prompt.strip()}, *reply])
     whole = conversation(reply)  # and its beginning once more as the prompt
-    if not any(
-        m["content"].strip() in prompt or prompt.strip() in m["content"] for m in whole[:-1]
-    ):
+    asked = [m["content"].strip() for m in whole[:-1] if m["role"] == "user"]
+    if not any(text in prompt or prompt.strip() in text for text in asked if text):
         raise BadLineError(f'"prompt" is not in "{key}", which has a prompt of its own')
     return whole
 

@@ -263,7 +263,10 @@ class TrainConfig:
         None, "optimizer", "peak learning rate of AdamW (default: 1e-6; the toy's: 7e-4)"
     )
     min_lr: float | None = flag(
-        None, "optimizer", "final learning rate (default: --lr, a constant rate)"
+        None,
+        "optimizer",
+        "learning rate that the cosine decay goes to, and that of the last --constant-steps steps "
+        "(default: --lr, a constant rate)",
     )
     warmup_steps: int = flag(0, "optimizer", "steps of linear warm-up of the learning rate")
     constant_steps: int = flag(

@@ -58,7 +58,7 @@ def _absolute(config: TrainConfig) -> dict[str, str]:
     return {
         name: str(Path(value).absolute())
         for name, value in named.items()
-        if value is not None and Path(value.partition("[")[0]).exists()
+        if value is not None and (Path(value).exists() or Path(value.partition(":")[0]).exists())
     }
 
 
