@@ -331,7 +331,7 @@ def hold(folder: Path, wait: float) -> IO[str]:
                     "a run is going on there right now; wait for its end, or give another folder"
                 )
                 raise EndedError(2, f"--log-dir {folder}: {reason}") from error
-            time.sleep(1)
+            time.sleep(0.5)
         except OSError:  # a file system without locks
             return held
 
