@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from recipes import toy
@@ -23,6 +24,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup; process
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 50
+
+split_models = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="tensor parallelism needs transformers 5.23"
+)
 
 
 def tiny_llama(seed=0, vocabulary=VOCABULARY, **extra):

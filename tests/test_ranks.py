@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, script
+from conftest import ROOT, environment, metrics, script, split_models
 from test_server import call, serving
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -113,7 +113,9 @@ def alone(reward_model, tmp_path_factory):
         return *scores((host, port)), call((host, port), "GET", "/info")[1]
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["data", pytest.param("tensor", marks=split_models), pytest.param("both", marks=[pytest.mark.slow, split_models])]
+)
 def test_scores_order_and_info_are_those_of_one_process_and_a_signal_ends_all_ranks_with_0(layout, reward_model, alone, tmp_path):
     with server(tmp_path, reward_model, layout, "--reward-std", 2, "--inference-micro-batch-size", 4) as (address, job, ranks, log):
         expected, rewards, info = alone

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import split_probe
 import torch
-from conftest import ROOT, environment, metrics, script, torchrun, train_here
+from conftest import ROOT, environment, metrics, script, split_models, torchrun, train_here
 from tensor_probe import VARIANTS
 from test_resume import assert_same, untimed, wait_for
 from test_server import serving
@@ -19,6 +19,8 @@ from transformers import GPT2Config, LlamaConfig
 from recipes import smollm2
 from reinforce.errors import ConfigError
 from reinforce.run import checkpoint, tensor_parallel
+
+pytestmark = split_models
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
