@@ -15,7 +15,7 @@ from recipes import toy
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.policy import end_tokens, load_policy, load_tokenizer
-from reinforce.run import setup
+from reinforce.run import distributed, setup
 from reinforce.run.config import TrainConfig
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.load import load_reward
@@ -255,6 +255,17 @@ def test_a_schedule_that_never_gets_to_the_learning_rate_is_told_and_one_of_zero
         setup.check_schedule(config, 10)
         said = capsys.readouterr().out
         assert told in said and bool(said) == bool(told) == (max(rates) < 0.999 * 2e-3)
+
+
+def test_two_ranks_that_find_two_reward_models_at_one_address_are_refused(flags, monkeypatch):
+    of_all = distributed.of_all
+    monkeypatch.setattr(
+        distributed, "of_all", lambda item: [item, "f" * 64] if isinstance(item, str) and len(item) == 64 else of_all(item)
+    )
+    out = train_here(*flags)
+    assert out.returncode == 2 and "ranks have found different reward models" in out.stdout and "Traceback" not in out.stdout, (
+        out.stdout
+    )
 
 
 def test_a_step_in_which_no_response_counts_says_that_it_trains_nothing(flags, tmp_path):

@@ -1,7 +1,5 @@
 """A run that cannot be lost: killed, stopped, damaged or out of disk, the same command goes on, bitwise; another one is refused."""
 
-import errno
-import io
 import json
 import os
 import resource
@@ -21,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError
 from reinforce.rm_client import RewardClient
-from reinforce.run import checkpoint, distributed, exits, resume
+from reinforce.run import checkpoint, resume
 from reinforce.run import folder as run_folders
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import claimed
@@ -313,30 +311,6 @@ def test_a_new_folder_of_its_own_is_held_like_a_given_one(flags, tmp_path, monke
     assert out.returncode == 0 and tried, out.stdout
     with run_folders.claimed(tmp_path / "runs/latest"):
         pass
-
-
-def test_a_full_disk_is_one_sentence_and_an_encoding_that_lacks_a_letter_no_traceback(capsys, monkeypatch):
-    code, reason = exits.outcome(OSError(errno.ENOSPC, "No space left on device"))
-    assert code == 1 and "No space left on device" in reason and "Traceback" not in capsys.readouterr().err
-    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert exits.run(lambda: print("π · ±", flush=True)) == 0
-    assert stream.buffer.getvalue() == rb"\u03c0 \xb7 \xb1" + b"\n"
-
-
-def test_two_ranks_that_find_two_reward_models_at_one_address_are_refused(flags, monkeypatch):
-    of_all = distributed.of_all
-    monkeypatch.setattr(
-        distributed, "of_all", lambda item: [item, "f" * 64] if isinstance(item, str) and len(item) == 64 else of_all(item)
-    )
-    out = train_here(*flags)
-    assert out.returncode == 2 and "ranks have found different reward models" in out.stdout and "Traceback" not in out.stdout, (
-        out.stdout
-    )
-
-
-def test_of_two_log_dirs_the_last_one_is_the_run_s_for_the_lock_too():
-    assert str(run_folders.log_dir_of(["--log-dir", "a", "--log-dir=b"])) == "b" and run_folders.log_dir_of(["x"]) is None
 
 
 def test_a_second_signal_before_the_first_step_is_not_a_second_end():
