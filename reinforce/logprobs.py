@@ -2,8 +2,8 @@
 
 Logits of every position, (B, S + T, V) floats, are by far the largest tensor of a naive update.
 Here the base model gives hidden states, and the output head runs on the real response tokens alone,
-in chunks. Where all their logits would not fit, the backward pass computes each chunk's again. That
-is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models
+in chunks. The first chunks' logits are kept for the backward pass, which computes the others again.
+That is exact where logits = head(hidden states); `guard.head_is_plain` finds out, and other models
 (Gemma-2 caps its logits, Cohere and Granite scale them) take their own forward pass.
 """
 
@@ -20,7 +20,7 @@ from reinforce.rollout import positions
 from reinforce.shared_prompt import response_states
 
 CHUNK_FLOATS = 2**24  # logits computed at a time: 64 MiB
-KEPT_FLOATS = 2**26  # logits kept for the backward pass: 256 MiB; more are computed again
+KEPT_CHUNKS = 4  # so many are kept for the backward pass: 256 MiB; the others are computed again
 
 
 def policy_logits(
@@ -115,14 +115,13 @@ class Scorer(nn.Module):
             states = states[mask]  # (n, H) or (n, V), n response tokens
         t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (n,)
         vocabulary = hf.config.get_text_config().vocab_size
-        floats = len(states) * vocabulary
-        again, count = floats > KEPT_FLOATS, max(1, math.ceil(floats / CHUNK_FLOATS))
+        count = max(1, math.ceil(len(states) * vocabulary / CHUNK_FLOATS))
         chunks = zip(*(x.tensor_split(count) for x in (states, response[mask], t)), strict=True)
         parts = [
-            checkpoint(self._token_logp, head, *chunk, use_reentrant=False)
-            if again
-            else self._token_logp(head, *chunk)
-            for chunk in chunks
+            self._token_logp(head, *chunk)
+            if i < KEPT_CHUNKS
+            else checkpoint(self._token_logp, head, *chunk, use_reentrant=False)
+            for i, chunk in enumerate(chunks)
         ]
         logp = torch.zeros(mask.shape, device=mask.device)  # (B, T)
         return logp.masked_scatter(mask, torch.cat(parts))

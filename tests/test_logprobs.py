@@ -1,5 +1,7 @@
 """The scorer: the same policy as the sampler's, whatever the padding, the positions or the chunks."""
 
+import math
+
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_gpt2, tiny_llama
@@ -80,9 +82,9 @@ def test_bf16_reference_scores_exactly_as_the_policy_under_autocast(tmp_path):
 def test_neither_chunks_nor_logits_computed_again_change_scores_or_gradients(model, monkeypatch):
     out = rollout(model)
 
-    def run(floats, kept=10**9):
+    def run(floats, kept=4):
         monkeypatch.setattr(logprobs, "CHUNK_FLOATS", floats)
-        monkeypatch.setattr(logprobs, "KEPT_FLOATS", kept)
+        monkeypatch.setattr(logprobs, "KEPT_CHUNKS", kept)
         model.zero_grad()
         logp = score(model, out)
         reinforce_loss(logp, torch.linspace(-1, 1, 12), out.mask, 12).backward()
@@ -99,10 +101,12 @@ def test_logits_are_computed_again_only_where_they_would_not_fit(model, monkeypa
     once = Scorer._token_logp
     monkeypatch.setattr(Scorer, "_token_logp", lambda *a: (calls.append(len(a[2])), once(*a))[1])
     tokens = int(out.mask.sum())
-    for kept, times in ((tokens * VOCABULARY, 1), (tokens * VOCABULARY - 1, 2)):
-        monkeypatch.setattr(logprobs, "KEPT_FLOATS", kept)
+    monkeypatch.setattr(logprobs, "CHUNK_FLOATS", math.ceil(tokens / 3) * VOCABULARY)
+    chunks = [len(part) for part in torch.arange(tokens).tensor_split(3)]
+    for kept in range(4):
+        monkeypatch.setattr(logprobs, "KEPT_CHUNKS", kept)
         score(model, out).sum().backward()
-        assert sum(calls) == times * tokens
+        assert calls == chunks + chunks[kept:][::-1]  # on the way back, the last one first
         calls.clear()
 
 
