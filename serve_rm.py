@@ -40,7 +40,7 @@ from reinforce.serving.load import load_reward
 from reinforce.serving.processes import processes, rank
 from reinforce.serving.protocol import MAX_TEXTS
 from reinforce.serving.reward import Reward
-from reinforce.serving.watch import Watch
+from reinforce.serving.watch import Watch, end_soon
 
 if TYPE_CHECKING:
     from reinforce.serving.distributed import Ranks
@@ -77,6 +77,7 @@ def serve(config: ServeConfig) -> int:
             batcher.run()
             if ranks is not None:
                 ranks.stop()
+            end_soon()
     finally:
         server.close()
     return 0

@@ -207,6 +207,9 @@ class RewardClient:
             except TryAgainError as error:
                 pause = pause_before(tries, error.pause)
                 tries += 1
+                if self._info is not None and expected > self._info.max_texts:
+                    said = f"{self.url} was restarted and takes fewer texts"
+                    raise RefusedError(said, too_large=True) from error
                 if self.stopped():
                     raise RetryError(
                         f"stopped while reward server {self.url} gave no usable answer ({error})"
@@ -284,7 +287,8 @@ class RewardClient:
                 f"reward server {self.url} no longer shows which model it serves "
                 f"(/info: HTTP {reply.status})"
             )
-        self._pin(info)
+        self._info = self._pin(info)
+        self._max_body = info.max_body
 
     def _call(self, method: str, path: str, payload: Any, end: float) -> Any:
         """One request and its JSON reply. Raises TryAgainError or RewardError."""

@@ -149,7 +149,7 @@ class Connection:
             except http.client.HTTPException:
                 self._close()
                 raise
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
                 self._close()
                 raise TryAgainError(str(error) or type(error).__name__) from error
             kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()

@@ -3,11 +3,17 @@
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import live
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, environment
+from live import ask, connect, query, read_reply, rewards, until
 from test_client import INFO, client, good, reply
 from test_server import serving
 
@@ -72,6 +78,58 @@ def test_a_connection_is_kept_where_the_body_was_read_to_its_end_and_closed_wher
     )
     got = talk(cold.server_port, chunked, wait=0.7)
     assert got.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in got
+
+
+def test_strangers_cannot_fill_the_memory_that_requests_share(cold):
+    """Neither by a body for /health, which needs no token, nor by requests whose replies they do not read."""
+    cold.token = "s3cret"
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    assert talk(cold.server_port, head + b"Content-Length: 16000000\r\n\r\n").startswith(b"HTTP/1.1 413")
+    with socket.create_connection(("127.0.0.1", cold.server_port), timeout=1.0) as s:
+        with contextlib.suppress(TimeoutError):
+            for _ in range(100):
+                s.sendall((head + b"\r\n") * 20_000)
+        assert cold._held < 2 << 20
+
+
+def test_one_empty_line_may_stand_before_a_request_and_no_more(cold):
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert talk(cold.server_port, b"\r\n" + request, 0.5).startswith(b"HTTP/1.1 503")
+    assert talk(cold.server_port, b"\r\n\r\n" + request, 0.5).startswith(b"HTTP/1.1 400")
+
+
+def test_more_connections_than_files_leave_the_server_and_its_clients_alive(tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, completions, labels):\n    open(__file__).close()\n    return [1.0] * len(prompts)\n"
+    )
+    code = (
+        "import resource, sys, serve_rm\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
+    try:
+        until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
+        port = int((tmp_path / "ready").read_text().split()[1])
+        with contextlib.ExitStack() as held, connect(port) as mine:
+            for _ in range(400):
+                s = held.enter_context(socket.socket())
+                s.setblocking(False)
+                s.connect_ex(("127.0.0.1", port))
+            mine.sendall(query("a"))
+            assert rewards(read_reply(mine)) == [1.0]
+            time.sleep(1.5)
+            for _ in range(3):  # they have been idle long enough to give way
+                assert rewards(ask(port, query("a"))) == [1.0]
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_an_id_goes_back_only_if_it_is_short(tmp_path):
+    with live.live() as server:
+        for length, status in ((200, b" 200 "), (2000, b" 400 ")):
+            body = json.dumps({"query": ["a"], "id": "x" * length}).encode()
+            assert status in ask(server.server_port, live.request(body))[0]
 
 
 def test_a_client_waits_for_a_server_that_restarts_and_warms_up(cold, server):
@@ -209,14 +267,15 @@ def test_the_kind_of_authorization_is_read_in_any_case(cold):
 
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0], (1, 2), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).numpy(), [True, 2],
-                                    [torch.tensor(1.0), 2.0], list(torch.tensor([1.0, 2.0]).numpy())])  # fmt: skip
+                                    [torch.tensor(1.0), torch.tensor([2.0])], np.array([1, 2.0], object), list(torch.tensor([1.0, 2.0]).numpy())])  # fmt: skip
 def test_a_reward_function_may_return_numbers_in_any_row(scores):
     assert numbers_of(scores, 2, "f.py:f") == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    "scores", [{1.0: "a", 2.0: "b"}, "12", {1.0, 2.0}, None, 3.0, [1.0], [1.0, "2"], [1.0, None], [[1.0], [2.0]], torch.ones(2, 1)]
-)
+    "scores", [{1.0: "a", 2.0: "b"}, "12", {1.0, 2.0}, None, 3.0, [1.0], [1.0, "2"], [1.0, None], [[1.0], [2.0]], torch.ones(2, 1),
+               [1.0, np.ma.masked], np.ma.array([1.0, 2.0], mask=[0, 1]), [1.0, np.timedelta64(5, "ns")], np.array([1, 2], "m8[ns]")]
+)  # fmt: skip
 def test_what_is_no_row_of_numbers_is_an_error_and_never_a_reward(scores):
     with pytest.raises(ValueError, match=r"f\.py:f returned"):
         numbers_of(scores, 2, "f.py:f")

@@ -195,3 +195,99 @@ def test_a_run_whose_server_is_killed_in_a_step_ends_bitwise_as_undisturbed(smal
         assert train.returncode == 0, out
         weights.append((tmp_path / name / "checkpoints/step-000003/model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+STRANGE = """
+import contextlib, io, os, threading, time
+
+class TimedOut(BaseException):
+    pass
+
+def f(prompts, completions, labels):
+    if "quiet" in completions:
+        with contextlib.redirect_stderr(io.StringIO()):
+            time.sleep(0.5)
+    if "stuck" in completions:
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+    if "raise" in completions:
+        raise TimedOut("too long")
+    if "fork" in completions and os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
+    return [1.0] * len(prompts)
+"""
+
+
+def test_a_function_that_puts_standard_error_aside_or_leaves_a_thread_behind_does_not_keep_the_server_from_ending(tmp_path):
+    (tmp_path / "f.py").write_text(STRANGE)
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, started):
+        for word in ("quiet", "stuck"):
+            assert rewards(ask(port, query(word))) == [1.0]
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(15) == 0
+
+
+def test_whatever_a_function_raises_is_its_own_requests_error_alone(tmp_path):
+    (tmp_path / "f.py").write_text(STRANGE)
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, started):
+        head, body = ask(port, query("raise"))
+        assert b" 500 " in head and b"TimedOut: too long" in body
+        assert rewards(ask(port, query("a"))) == [1.0] and started.poll() is None
+
+
+def test_a_connection_that_the_server_closes_is_closed_although_the_function_has_forked(tmp_path):
+    (tmp_path / "f.py").write_text(STRANGE)
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f") as (_, port, _), connect(port, 5.0) as connection:
+        connection.sendall(query("fork"))
+        assert rewards(read_reply(connection)) == [1.0]
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert read_reply(connection)[1]
+        assert connection.recv(1) == b""  # and not a wait for the child
+
+
+@pytest.mark.parametrize("asleep", ["idle", "at work"])
+def test_a_server_that_was_suspended_goes_on(tmp_path, asleep):
+    (tmp_path / "f.py").write_text(
+        "import time\ndef f(prompts, completions, labels):\n    time.sleep(2.0 if 'slow' in completions else 0.0)\n    return [1.0] * len(prompts)\n"
+    )
+    code = (
+        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.HANG_SECONDS = 3.0\n"
+        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
+    try:
+        until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
+        port = int((tmp_path / "ready").read_text().split()[1])
+        with connect(port) as connection:
+            connection.sendall(query("slow" if asleep == "at work" else "fast"))
+            time.sleep(0.5)
+            started.send_signal(signal.SIGSTOP)
+            time.sleep(5.0)
+            started.send_signal(signal.SIGCONT)
+            assert rewards(read_reply(connection)) == [1.0]
+        assert rewards(ask(port, query("fast"))) == [1.0]
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_a_function_that_keeps_the_interpreter_to_itself_ends_the_process(tmp_path):
+    """No thread of Python can see it, so the kernel does; here a regular expression that never ends."""
+    (tmp_path / "f.py").write_text(
+        "import re\ndef f(prompts, completions, labels):\n    return [float(bool(re.match('(a+)+b', c))) for c in completions]\n"
+    )
+    code = (
+        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.LOCKED_SECONDS = 2.0\n"
+        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
+    )
+    with (tmp_path / "log").open("w+") as log:
+        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stderr=log)
+        try:
+            until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
+            with connect(int((tmp_path / "ready").read_text().split()[1])) as connection:
+                connection.sendall(query("a" * 40))
+                assert started.wait(30) == -signal.SIGPROF
+        finally:
+            started.kill()
+            started.wait()
+    assert "f.py" in (tmp_path / "log").read_text()

@@ -15,14 +15,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from reinforce.serving.forward import Forward
-from reinforce.serving.line import Line, Request, Taken, nobody_left
+from reinforce.serving.line import LateError, Line, Request, Taken, nobody_left
+from reinforce.serving.report import report
 
 MOST_TEXTS = 8192  # in the line
 LINGER = 0.01  # seconds, at most a quarter of the last forward: for those who were just here
-
-
-class LateError(Exception):
-    """The deadline of this request has passed."""
 
 
 class Batcher:
@@ -40,7 +37,6 @@ class Batcher:
         self._batch_size, self._most_texts = batch_size, most_texts
         self._line, self._news, self._stopping = Line(), threading.Condition(), False
         self._wanted, self._company = 1, 1  # requests to wake up for; requests of the last forward
-        self._started: float | None = None
         self._ended = 0.0
         self.counts = self._forward.counts
 
@@ -49,9 +45,14 @@ class Batcher:
         """Texts in the line."""
         return self._line.texts
 
+    @property
+    def started(self) -> float | None:
+        """When the present forward began, a time.monotonic(); None between two."""
+        return self._forward.started
+
     def forward_for(self) -> float:
         """Seconds since the present forward began; 0 between two."""
-        started = self._started
+        started = self.started
         return 0.0 if started is None else time.monotonic() - started
 
     def expected_wait(self) -> float:
@@ -86,11 +87,10 @@ class Batcher:
         """Score until `stop`; anything but an error of a request ends the process with code 70."""
         try:
             while batch := self._next():
-                self._started = time.monotonic()
                 self._forward(batch)
-                self._ended, self._started = time.monotonic(), None
-        except BaseException:
-            traceback.print_exc()
+                self._ended = time.monotonic()
+        except BaseException as error:
+            report("".join(traceback.format_exception(error)))
             os._exit(70)  # without its worker the server would accept requests and answer none
 
     def _enough(self) -> bool:

@@ -35,8 +35,10 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, welcome: bool = True) -> None:
+        """`welcome`: False closes it as soon as it is made."""
         self._host, self._reader, self._held = host, Reader(host.admit), 0
+        self._welcome = welcome
         self._task: asyncio.Task[Reply] | None = None  # the answer that is being made
         self._closing = self._paused = self._half_closed = self._lost = False
         self._wait(IDLE_SECONDS)
@@ -49,7 +51,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there."""
         self.transport = transport  # type: ignore[assignment]
-        self._host.connections.add(self)
+        if self._welcome:
+            self._host.connections.add(self)
+        else:
+            self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Nobody waits for the answer any more."""
@@ -100,6 +105,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It reads again."""
         self._paused = False
+        self.transport.resume_reading()
         self.data_received(b"")
 
     @property
@@ -116,6 +122,8 @@ class Connection(asyncio.Protocol):
         elif self._reader.begun:
             error = HttpError(408, "timeout", "the request did not arrive")
             self._send(error.reply(), keep=False)
+        elif self.busy:  # it does not read its reply
+            self.transport.abort()
         else:
             self.transport.close()
 
@@ -132,7 +140,7 @@ class Connection(asyncio.Protocol):
             if body is None:
                 return
             self._answer(body)
-        if self._task is not None and self._reader.ahead > AHEAD:
+        if (self._task is not None or self._paused) and self._reader.ahead > AHEAD:
             self.transport.pause_reading()
 
     def _answer(self, body: bytes) -> None:

@@ -1,15 +1,15 @@
 """One forward of texts of many requests. What goes wrong for one of them is its error alone."""
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.serving.line import Taken
+from reinforce.serving.line import LateError, Taken
 from reinforce.serving.memory import empty_cache, is_out_of_memory
+from reinforce.serving.report import report
 
 
 class NotFiniteError(Exception):
@@ -36,6 +36,7 @@ class Forward:
 
     def __init__(self, score: Callable[[list[Any]], list[float]]) -> None:
         self._score, self.counts, self.lasted = score, Counts(), 0.0
+        self.started: float | None = None  # the present call of `score`, a time.monotonic()
 
     def __call__(self, batch: Taken) -> None:
         """Score the texts together; if that fails, each request alone: the guilty one fails."""
@@ -46,12 +47,16 @@ class Forward:
             requests = dict.fromkeys(request for request, _ in batch)
             if len(requests) > 1:
                 for request in requests:
-                    self([text for text in batch if text[0] is request])
+                    texts = [text for text in batch if text[0] is request]
+                    if request.dead(time.monotonic()):
+                        self.counts.dropped += len(texts)
+                        request.fail(LateError())
+                    else:
+                        self(texts)
                 return
-            if not is_out_of_memory(error):
-                report = "".join(traceback.format_exception(error))
-                print(report.encode("unicode_escape").decode(), file=sys.stderr)
             batch[0][0].fail(error)
+            if not is_out_of_memory(error):
+                report(ascii("".join(traceback.format_exception(error))))
             return
         self.lasted = time.monotonic() - start
         self.counts.forward_seconds += self.lasted
@@ -69,6 +74,7 @@ class Forward:
         try:
             self.counts.forwards += 1
             self.counts.last_batch = len(items)
+            self.started = time.monotonic()
             return self._score(items)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -79,3 +85,5 @@ class Forward:
             empty_cache()
             middle = len(items) // 2
             return self._halving(items[:middle]) + self._halving(items[middle:])
+        finally:
+            self.started = None

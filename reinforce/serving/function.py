@@ -5,7 +5,6 @@ is told to whoever asked for the reward, with the function's file and line.
 """
 
 import inspect
-from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,7 @@ class RewardFunction:
         """Whatever the function returns. Raises FunctionError for whatever it raises."""
         try:
             return self.named.value(prompts=prompts, completions=completions, labels=labels)
-        except (Exception, SystemExit, CancelledError) as error:
+        except BaseException as error:  # some libraries' time-outs and panics are no Exception
             if is_out_of_memory(error):
                 raise
             raise FunctionError(blame(error, self.named.file)) from error

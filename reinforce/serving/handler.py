@@ -3,22 +3,23 @@
 import asyncio
 import math
 import queue
-import sys
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.serving.batcher import Batcher, LateError
+from reinforce.serving.batcher import Batcher
 from reinforce.serving.body import MAX_BODY
 from reinforce.serving.connection import ANSWER_SECONDS, late
 from reinforce.serving.forward import NotFiniteError
 from reinforce.serving.function import FunctionError
-from reinforce.serving.http import HttpError, Reply, Request, json_body
+from reinforce.serving.http import Head, HttpError, Reply, Request, json_body
 from reinforce.serving.items import read
+from reinforce.serving.line import LateError
 from reinforce.serving.memory import is_out_of_memory
 from reinforce.serving.metrics import metrics
+from reinforce.serving.report import report
 from reinforce.serving.reward import Reward
 from reinforce.serving.server import Server
 
@@ -58,6 +59,13 @@ class RewardServer(Server):
         self._service: Service | None = None
         self._in_flight = 0
         self._readers = ThreadPoolExecutor(READERS, "reader")
+
+    def admit(self, head: Head) -> int:
+        """As `Server.admit`; strangers, who may ask for /health, send no large body."""
+        length = super().admit(head)
+        if length > SMALL and head.path != "/get_reward":
+            raise HttpError(413, "too_large", f"at most {SMALL} bytes for {head.path:.80}")
+        return length
 
     @property
     def service(self) -> Service | None:
@@ -108,7 +116,7 @@ class RewardServer(Server):
             if is_out_of_memory(error):
                 reason = "one text alone does not fit the device"
                 return HttpError(507, "out_of_memory", reason).reply()
-            print(f"serve_rm.py: a request failed: {error!r}", file=sys.stderr, flush=True)
+            report(f"a request failed: {error!r}")
             return HttpError(500, "failed", "the reward model failed; see the server's log").reply()
         finally:
             self._in_flight -= 1

@@ -1,5 +1,6 @@
 """From the body of a request to the items that a reward scores."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ from reinforce.serving.body import read_json
 from reinforce.serving.http import HttpError, Request
 from reinforce.serving.protocol import parse_request
 from reinforce.serving.reward import Reward
+
+LONGEST_ID = 256  # characters of its JSON; it goes back with the rewards
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Asked:
 def read(reward: Reward, request: Request) -> Asked:
     """The items of a request for rewards. Raises HttpError."""
     wanted = read_json(request)
+    texts = parse_request(wanted)
+    if len(json.dumps(wanted.get("id"))) > LONGEST_ID:
+        raise HttpError(400, "bad_request", f"an id of more than {LONGEST_ID} characters")
     items, truncated = [], []
-    for index, text in enumerate(parse_request(wanted)):
+    for index, text in enumerate(texts):
         try:
             item, cut = reward.encode(text)
         except Exception as error:

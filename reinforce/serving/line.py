@@ -15,6 +15,10 @@ from typing import Any
 WINDOW = 4  # batches: lengths are matched among so many texts
 
 
+class LateError(Exception):
+    """The deadline of this request has passed."""
+
+
 def nobody_left() -> bool:
     """A client that always stays."""
     return False

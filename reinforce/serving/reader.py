@@ -16,6 +16,7 @@ class Reader:
         """`admit(head)` gives the length of the body that is to come, or raises HttpError."""
         self._admit, self._buffer, self._length = admit, bytearray(), 0
         self._answering = 0  # bytes of the body that is being answered
+        self._may_be_empty = True  # the first line: some clients end a body with an empty one
         self.head: Head | None = None
 
     @property
@@ -47,7 +48,8 @@ class Reader:
     def take_head(self) -> bool:
         """Whether the head is there. Raises HttpError; what follows must not be read then."""
         if self.head is None:
-            while self._buffer.startswith(b"\r\n"):  # some clients end a body with an empty line
+            if self._may_be_empty and self._buffer.startswith(b"\r\n"):
+                self._may_be_empty = False
                 del self._buffer[:2]
             end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD)
             if end < 0 and len(self._buffer) >= MAX_HEAD:
@@ -71,7 +73,7 @@ class Reader:
 
     def answered(self) -> None:
         """The next request may begin."""
-        self.head, self._length, self._answering = None, 0, 0
+        self.head, self._length, self._answering, self._may_be_empty = None, 0, 0, True
 
     def close(self) -> None:
         """Forget what was not read."""

@@ -58,14 +58,27 @@ def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
 
     A list, tuple, array or 1-D tensor of them. Raises FunctionError.
     """
-    values = scores.tolist() if hasattr(scores, "tolist") else scores
+    values = _plain(scores)
     # of a dict the keys, of a string the digits would become rewards
     if not isinstance(values, (list, tuple)):
         raise FunctionError(f"{spec} returned a {type(scores).__name__}, not a list of numbers")
     if len(values) != count:
         raise FunctionError(f"{spec} returned {len(values)} scores for {count} completions")
-    plain = [value.item() if hasattr(value, "item") else value for value in values]
-    for value in plain:
-        if not isinstance(value, (int, float)):
+    numbers = []
+    for value in values:
+        number = _plain(value)
+        if isinstance(number, list) and not isinstance(value, list) and len(number) == 1:
+            number = number[0]  # a tensor of one number
+        if not isinstance(number, (int, float)):
             raise FunctionError(f"{spec} returned {value!r:.80} as a score")
-    return [float(value) for value in plain]
+        numbers.append(float(number))
+    return numbers
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers, or a list of them, of an array or a tensor.
+
+    Anything else comes back as it is: a time, and what numpy has masked, are no numbers.
+    """
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")  # numpy's; a tensor has none
+    return value.tolist() if hasattr(value, "tolist") and kind in "biufO" else value

@@ -1,8 +1,8 @@
 """The HTTP server: one thread with an event loop for all connections, and bounds on their cost.
 
 A socket costs next to nothing, so clients are not counted; what is bounded is requests in flight,
-bytes in memory and, by the operating system, open files. The longest idle connection gives way to a
-new one; the rest waits in the kernel's backlog.
+bytes in memory and open files. Of many connections the longest idle one gives way to a new one;
+where none has been idle for long, and a quarter more are there, the new one is closed.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from reinforce.serving.gate import admit, is_loopback
 from reinforce.serving.http import Head, HttpError, Reply, Request
 
 BACKLOG = 4096  # connections that the kernel holds for us
+AT_ONCE = 8  # of them that are taken before any is counted
 MAX_CONNECTIONS = 4096
 MAX_HELD = 512 << 20  # bytes of all requests
 PATIENCE = 1.0  # seconds a connection may be idle or slow before it gives way to a new one
@@ -88,8 +89,9 @@ class Server:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        listen = self._loop.create_server(self._connected, sock=self.socket, backlog=BACKLOG)
+        listen = self._loop.create_server(self._connected, sock=self.socket, backlog=AT_ONCE)
         self._loop.run_until_complete(listen)
+        self.socket.listen(BACKLOG)  # asyncio has one number for both
         self._sweep()
         self._loop.run_forever()
         for connection in tuple(self.connections):
@@ -103,7 +105,7 @@ class Server:
             if oldest.since < time.monotonic() - PATIENCE:
                 oldest.transport.abort()
                 self.connections.discard(oldest)
-        return Connection(self)
+        return Connection(self, welcome=len(self.connections) < self._limit * 5 // 4)
 
     def _sweep(self) -> None:
         """End what has outlived its deadline, again and again."""

@@ -5,22 +5,25 @@ like. The kernel's side of a signal handler writes the signal's number into a so
 (signal.set_wakeup_fd), and this thread reads it there.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from types import TracebackType
 from typing import Any, NoReturn
 
 from reinforce.serving.handler import RewardServer
+from reinforce.serving.report import report
 
 HANG_SECONDS = 120.0  # one forward; every request in it has got its 504 long before
+LOCKED_SECONDS = HANG_SECONDS + 10  # of computing without letting another thread in
 DRAIN_SECONDS = 20.0  # for the answers that are being made, after a signal
+END_SECONDS = 5.0  # for a reward function's own threads, after the last answer
 TICK = 0.1
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,6 +42,9 @@ class Watch:
         """`parent`: the process whose end is to be ours; None: nobody's."""
         self._server, self._parent = server, parent
         self._ending: float | None = None  # since when
+        self._looked = time.monotonic()
+        self._forward: float | None = None  # since when the present one runs
+        self._asleep = 0.0  # seconds of it in which the process was suspended
         self._left = threading.Event()
 
     def __enter__(self) -> None:
@@ -46,6 +52,8 @@ class Watch:
         self._writing.setblocking(False)
         self._before: dict[int, Any] = {n: signal.signal(n, _heard) for n in SIGNALS}
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        with contextlib.suppress(OSError):  # standard error is closed
+            faulthandler.register(signal.SIGPROF, os.dup(2), all_threads=True, chain=True)
         os.register_at_fork(
             before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._forked
         )
@@ -55,7 +63,8 @@ class Watch:
     def __exit__(self, kind: type | None, error: object, trace: TracebackType | None) -> None:
         self._left.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.unregister(signal.SIGPROF)
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -70,18 +79,30 @@ class Watch:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _forked(self) -> None:
-        """A child of a reward function (multiprocessing): our signals and our port are not its."""
+        """A child of a reward function (multiprocessing): our signals and sockets are not its.
+
+        A connection that it kept would stay open after we have closed it.
+        """
         if not self._left.is_set():
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self._server.socket.close()
+            for connection in tuple(self._server.connections):
+                with contextlib.suppress(OSError):
+                    os.close(connection.transport.get_extra_info("socket").fileno())
         self._unmask()
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:
+            report(f"the watch thread failed: {error!r}")
+            _exit(70)  # without it no signal ends the server
+
+    def _watch(self) -> None:
         while not self._left.is_set():
-            # ends the process (code 1) where even this thread is not let in any more
-            faulthandler.dump_traceback_later(HANG_SECONDS + 10, exit=True)
+            signal.setitimer(signal.ITIMER_PROF, LOCKED_SECONDS)  # the kernel sees it, we do not
             ready, _, _ = select.select([self._reading], [], [], TICK)
             for number in self._reading.recv(64) if ready else b"":
                 if number in SIGNALS:
@@ -98,17 +119,33 @@ class Watch:
         self._ending, self._server.draining = time.monotonic(), True
 
     def _look(self) -> None:
-        service = self._server.service
-        if service is not None and service.batcher.forward_for() > HANG_SECONDS:
-            print(f"serve_rm.py: a forward took over {HANG_SECONDS:g} s", file=sys.stderr)
-            faulthandler.dump_traceback()
+        service, now = self._server.service, time.monotonic()
+        late, self._looked = now - self._looked - 1, now
+        if service is None:
+            return
+        started = service.batcher.started
+        if started != self._forward:
+            self._forward, self._asleep = started, 0.0
+        running = 0.0 if started is None else now - started
+        self._asleep += max(0.0, min(late, running))  # not even this thread ran
+        if running - self._asleep > HANG_SECONDS:
+            report(f"a forward took over {HANG_SECONDS:g} s")
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(2)
             _exit(70)
-        if service is None or self._ending is None:
+        if self._ending is None:
             return
         if not self._server.busy:
             service.batcher.stop()
-        elif time.monotonic() > self._ending + DRAIN_SECONDS:
+        if now > self._ending + DRAIN_SECONDS:
             _exit(0)
+
+
+def end_soon() -> None:
+    """The process ends within END_SECONDS, whatever threads a reward function has left."""
+    timer = threading.Timer(END_SECONDS, _exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _exit(code: int) -> NoReturn:
