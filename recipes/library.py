@@ -14,9 +14,10 @@ folder, *prompts = sys.argv[1:]
 tokenizer = reinforce.load_tokenizer(folder)
 policy, reference = (reinforce.load_policy(folder, tokenizer, CPU) for _ in range(2))
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-how = reinforce.Sampling(24, end_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
+ends = reinforce.end_tokens(folder, tokenizer)
+how = reinforce.Sampling(24, end_ids=ends, pad_id=tokenizer.pad_token_id)
 
-ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+ids = [reinforce.encode(tokenizer, prompt) for prompt in prompts]
 seeds = [reinforce.row_seed(0, 0, i, k) for i in range(len(ids)) for k in range(K)]
 out = reinforce.sample(policy, ids, seeds, how)  # B = P * K rows
 rows = (out.prompt, out.prompt_mask, out.response, out.mask)

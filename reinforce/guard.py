@@ -2,6 +2,7 @@
 
     sampler and scorer                      token by token with a cache; in one pass
     a row in a batch and the row alone      log pi must not depend on the neighbours
+    positions from 0 and the model's own    it must be trained as others will run it
     with and without checkpointing          where --gradient-checkpointing is given
 
 A model that fails one of these would train another policy than the one that is sampled, and nothing
@@ -95,7 +96,7 @@ def inspect(
             f"{name}: {kind} cannot be sampled and scored as a causal language model "
             f"({reason:.300})"
         ) from error
-    sampling, padding = gaps.values()
+    sampling, padding, _ = gaps.values()
     return Verdict(plain, whole, sampling, padding, unused, time.monotonic() - start)
 
 
@@ -137,9 +138,10 @@ def _logp(scorer: nn.Module, rollout: Rollout) -> Tensor:
 
 
 def _gaps(scorer: Scorer, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-    """The scorer's logp (B, T), and its largest difference to two others, nats a token.
+    """The scorer's logp (B, T), and its largest difference to three others, nats a token.
 
-    The others are the sampler's logp, and the scorer's of a padded row without its neighbours.
+    They are the sampler's logp, the scorer's of a padded row without its neighbours, and for that
+    row the model's own without any position.
     """
     logp = _logp(scorer, rollout)  # (B, T)
     with torch.no_grad():
@@ -147,9 +149,21 @@ def _gaps(scorer: Scorer, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         gaps = {
             "sampling token by token": rollout.logp - logp,
             "a neighbour in the batch": logp[K] - alone,
+            "counting positions from 0": _change_by_positions(scorer, rollout.take([K])),
         }
         largest = {c: float(gap.abs().nan_to_num(torch.inf).max()) for c, gap in gaps.items()}
     return logp, largest
+
+
+def _change_by_positions(scorer: Scorer, row: Rollout) -> Tensor:
+    """log pi (L, V) of a row without padding, with positions from 0 less with the model's own."""
+    ids = torch.cat([row.prompt[row.prompt_mask], row.response[row.mask]])[None]  # (1, L)
+    place = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, L)
+    given, own = (
+        scorer.decode(input_ids=ids, use_cache=False, **options).logits[0].log_softmax(-1)
+        for options in ({"position_ids": place}, {})
+    )
+    return cast(Tensor, given - own)
 
 
 def _gradients(

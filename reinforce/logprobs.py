@@ -87,7 +87,7 @@ class Scorer(nn.Module):
         self.min_new_tokens = min_new_tokens
         self.plain = plain
         self.shares_prompt = shares_prompt
-        self.register_buffer("end_ids", torch.tensor(end_ids), persistent=False)
+        self.register_buffer("end_ids", torch.tensor(end_ids, dtype=torch.long), persistent=False)
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, response: Tensor, mask: Tensor

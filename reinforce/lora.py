@@ -71,7 +71,7 @@ def layers(blocks: Sequence[nn.Module], model: nn.Module, targets: Sequence[str]
     found = [
         name
         for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, LINEAR)
+        if id(module) in inside and isinstance(module, LINEAR) and not _is_router(module)
     ]
     if not found:
         raise ConfigError(
@@ -85,6 +85,11 @@ def layers(blocks: Sequence[nn.Module], model: nn.Module, targets: Sequence[str]
                 f"it has {names}"
             )
     return [n for n in found if not targets or any(_ends_in(n, target) for target in targets)]
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Llama 4's and PhiMoE's are linear layers whose forward gives more than the product."""
+    return "Router" in type(module).__name__
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -82,16 +82,17 @@ def with_template(tokenizer: Any, flag: str) -> Any:
 def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, ...]:
     """Every id that ends a response: the generation config's and the tokenizer's.
 
-    Raises ConfigError if there is none.
+    Without a generation config it is the model config's, as transformers has it. Raises ConfigError
+    if there is none.
     """
     from transformers import GenerationConfig
 
     ids: set[int] = set()
     try:
         listed = GenerationConfig.from_pretrained(adapter.base_of(name, flag)).eos_token_id
-        ids.update([listed] if isinstance(listed, int) else listed or [])
     except OSError:  # a checkpoint without generation_config.json
-        pass
+        listed = read_config(name, flag).get_text_config().eos_token_id
+    ids.update([listed] if isinstance(listed, int) else listed or [])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
@@ -137,11 +138,19 @@ def context_length(name: str, flag: str = "--policy") -> int | None:
     frequencies for the whole batch as soon as one row is that long, and sparse attention picks
     among more positions than it keeps. Raises ConfigError.
     """
-    config = read_config(name, flag).get_text_config()
+    return context_of(read_config(name, flag))
+
+
+def context_of(config: Any) -> int | None:
+    """`context_length` of a model's configuration, a reward model's say."""
+    config = config.get_text_config()
     lengths = [
         getattr(config, "max_position_embeddings", None),
+        getattr(config, "max_seq_len", None),  # MPT's name
         getattr(config, "index_topk", None),
     ]
+    if getattr(config, "attn_temperature_tuning", None):  # Llama 4 scales by columns from there on
+        lengths.append(getattr(config, "floor_scale", None))
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
         if rope.get("rope_type", rope.get("type")) == "longrope":
@@ -219,9 +228,10 @@ def load_policy(
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    if largest >= rows:
         raise ConfigError(
-            f"{flag} {name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            f"{flag} {name}: the tokenizer has ids up to {largest}, the model {rows} tokens; "
             "resize the model's embeddings"
         )
     model = give_float32_logits(without_dropout(model).to(device))
@@ -235,13 +245,14 @@ def load_policy(
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of frozen linear layers as autocast would cast them.
 
-    Embeddings and head stay float32, and so do adapters.
+    Embeddings and head stay float32, and so do adapters, and biases that are added by themselves.
     """
     kept = (cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings())
     for module in model.modules():
         if isinstance(module, nn.Linear) and module not in kept:
-            for weight in module.parameters(recurse=False):
-                weight.data = weight.data.to(dtype)
+            module.weight.data = module.weight.data.to(dtype)
+            if type(module) is nn.Linear and module.bias is not None:
+                module.bias.data = module.bias.data.to(dtype)
 
 
 def refuse_targets(name: str, targets: Sequence[str], flag: str = "--policy") -> None:

@@ -40,9 +40,21 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be sampled."""
+        if self.temperature <= 0 or self.max_new_tokens < 1 or isinstance(self.end_strings, str):
+            raise ValueError(
+                f"temperature {self.temperature} must be above 0, max_new_tokens "
+                f"{self.max_new_tokens} at least 1, end_strings {self.end_strings!r} a tuple"
+            )
+        if self.end_strings and self.decode is None:
+            raise ValueError("end_strings need decode")
+
 
 def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
-    """63-bit seed of one row, the same on every machine and in every process.
+    """Seed of one row, the same on every machine and in every process.
+
+    It has 63 bits, of which PyTorch's generator on a CPU takes the lower 32.
 
     >>> row_seed(0, 0, 0, 0) == row_seed(0, 0, 0, 0) != row_seed(0, 0, 0, 1)
     True
@@ -148,11 +160,11 @@ def sample(
 
     `model` is a Hugging Face causal language model on `device`, or its forward method.
 
-    Raises ValueError when the seeds are not a multiple of the prompts, or end strings come without
-    `decode`.
+    Raises ValueError when the seeds are not a multiple of the prompts, or a prompt is empty.
     """
-    if not prompts or len(seeds) % len(prompts) or (how.end_strings and how.decode is None):
-        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds; end strings need decode")
+    if not prompts or len(seeds) % len(prompts) or not all(map(len, prompts)):
+        shortest = min(map(len, prompts), default=0)
+        raise ValueError(f"{len(prompts)} prompts of {shortest} tokens or more, {len(seeds)} seeds")
     prompt, prompt_mask = left_pad(prompts, how.pad_id, device)  # (P, S)
     out = model(
         input_ids=prompt,

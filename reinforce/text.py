@@ -1,8 +1,9 @@
 """Text and tokens: a prompt, the text of its response, and the request to the reward server.
 
 The reward model reads text that stands for exactly the sampled tokens: special tokens included, an
-end token only where the response has one. Prompt and response are decoded together, since a
-tokenizer may drop the space between them where it sees the response alone.
+end token only where the response has one. Of a message it is the text without what the chat
+template puts around it. Prompt and response are decoded together, since a tokenizer may drop the
+space between them where it sees the response alone.
 """
 
 import datetime
@@ -56,11 +57,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     There is one begin token if the tokenizer uses one, and none is added to a text that starts
     with it. An end token that the tokenizer adds is taken away.
     """
-    has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
-    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    adds_end = ends and not text.endswith(str(tokenizer.eos_token))
-    return ids[:-1] if adds_end and tokenizer.cls_token is None else ids
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    if ids[-1:] != [end] or tokenizer.cls_token is not None:  # an encoder's text has its end
+        return ids
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[:-1] if ids[-len(plain) - 1 :] == [*plain, end] else ids
 
 
 def render(
@@ -123,6 +127,22 @@ def response_ids(rollout: "Rollout") -> list[list[int]]:
     ]
 
 
+def gap_before_answer(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The white space that the chat template puts between its generation prompt and an answer.
+
+    A model begins its response with it, and it is no part of the message: a reward model's own
+    template will put it there.
+    """
+    answer = {"role": "assistant", "content": "answer"}
+    try:
+        before = render(tokenizer, messages, "a prompt", add_generation_prompt=True)
+        whole = render(tokenizer, [*messages, answer], "a prompt")
+    except ConfigError:
+        return ""
+    gap = whole.removeprefix(before).partition("answer")[0]
+    return gap if whole.startswith(before) and gap.isspace() else ""
+
+
 def reward_requests(
     tokenizer: Any, prompts: Sequence[Prompt], rollout: "Rollout", as_text: bool
 ) -> list[tuple[list[int], dict[str, list[Any]]]]:
@@ -149,7 +169,8 @@ def reward_requests(
         if any(p.label is not None for p, _ in rows):
             request["labels"] = [p.label for p, _ in rows]
         if as_messages:
-            answers = [{"role": "assistant", "content": text} for text in plain]
+            gap = gap_before_answer(tokenizer, rows[0][0].messages or [])
+            answers = [{"role": "assistant", "content": text.removeprefix(gap)} for text in plain]
             request["messages"] = [
                 [*(p.messages or []), answer] for (p, _), answer in zip(rows, answers, strict=True)
             ]

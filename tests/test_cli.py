@@ -171,6 +171,16 @@ def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(smal
     assert end_tokens(policy, load_tokenizer(policy)) == (2, 7, 9)
 
 
+def test_end_tokens_without_a_generation_config_are_those_of_the_models_config(small, tmp_path):
+    def list_two(folder):
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 7]}))
+
+    policy = broken_policy(tmp_path / "p", small, list_two)
+    assert end_tokens(policy, load_tokenizer(policy)) == (2, 7)
+
+
 def test_a_model_without_a_language_head_is_refused(small):
     with pytest.raises(ConfigError, match="LlamaForSequenceClassification, not a policy; were --policy and --reward-model swapped"):
         load_policy(untied(small), toy.make_tokenizer(), torch.device("cpu"))
@@ -188,7 +198,7 @@ def untied(small):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     tokenizer = toy.make_tokenizer()
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"tokenizer has \d+ tokens, the model 20"):
+    with pytest.raises(ConfigError, match=r"tokenizer has ids up to \d+, the model 20 tokens"):
         load_policy(str(tmp_path), tokenizer, "cpu")
 
 
@@ -218,7 +228,8 @@ def served(small, port):
 def test_a_context_too_short_for_the_response_is_refused(small, server_port):
     flags = served(small, server_port)
     assert "128 positions" in refused(*flags, "--max-new-tokens", "128")
-    assert "--max-prompt-length 2" in refused(*flags, "--max-prompt-length", "2", "--max-new-tokens", "8")
+    assert "longer than 2 tokens (--max-prompt-length)" in refused(*flags, "--max-prompt-length", "2", "--max-new-tokens", "8")
+    assert "(the model's 128 positions less --max-new-tokens)" in refused(*flags, "--max-new-tokens", "126")
 
 
 def test_learning_rate_and_response_length_are_the_toys_without_a_policy_and_a_language_models_with_one(flags, tmp_path, capsys):

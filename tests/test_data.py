@@ -52,7 +52,7 @@ def test_prompts_that_are_too_long_are_dropped_and_counted_and_keep_their_place(
     records = [{"prompt": " ".join(["anna"] * n)} for n in (3, 30, 4)]
     prompts, dropped = tokenize(records, toy.make_tokenizer(), 10, "--train-data")
     assert [p.index for p in prompts] == [0, 2] and dropped == 1
-    with pytest.raises(ConfigError, match="longer than --max-prompt-length 2"):
+    with pytest.raises(ConfigError, match=r"longer than 2 tokens \(--max-prompt-length\)"):
         tokenize(records, toy.make_tokenizer(), 2, "--train-data")
 
 

@@ -3,16 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipes import smollm2, toy
+from recipes.sft import encode_example
 from reinforce.data.prompts import tokenize
 from reinforce.objective import Judged
+from reinforce.policy import with_template
+from reinforce.rollout import Rollout
 from reinforce.run.group import make_groups
 from reinforce.sampler import Sampling, row_seed, sample
-from reinforce.serving.reward_model import query_ids
+from reinforce.serving.reward_model import messages_ids, query_ids
 from reinforce.text import decoded, response_ids, reward_requests
 
 
@@ -110,3 +114,28 @@ def test_a_model_read_from_gguf_can_be_saved_once_its_marks_are_cleared(tmp_path
     smollm2.forget_quantisation(model)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_the_reward_model_reads_a_message_with_the_tokens_it_was_trained_on():
+    """SFT's own answer, token for token, as a rollout: a base model's template has a space before it, which is not the message's."""
+    words = "\n\nHuman: Hi\n\nAssistant: I don't know. [INST] [/INST]</s>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([words], trainer)
+    mistral = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
+    for template in (None, mistral, mistral.replace("' ' + m.content", "m.content")):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+        tokenizer.chat_template = template
+        with_template(tokenizer, "--model")
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I don't know."}
+        (prompt,), _ = tokenize([{"messages": [question]}], tokenizer, 999, "f")
+        ids, response = encode_example(tokenizer, [tokenizer.eos_token_id], [question, answer])
+        assert tuple(ids) == prompt.ids
+        out = Rollout(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([response]),
+                      torch.ones(1, len(response), dtype=torch.bool), torch.zeros(1, len(response)), torch.tensor([True]))  # fmt: skip
+        ((_, request),) = reward_requests(tokenizer, [prompt], out, as_text=False)
+        assert request["messages"][0] == [question, answer]
+        assert messages_ids(tokenizer, request["messages"][0], True) == [*ids, *response]

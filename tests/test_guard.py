@@ -26,6 +26,8 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     PhimoeForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from recipes import toy
@@ -82,8 +84,17 @@ def test_a_model_whose_log_pi_depends_on_the_neighbours_is_refused_with_the_numb
         judged(model)
 
 
+def test_a_model_that_counts_its_positions_in_another_way_is_refused():
+    """RoBERTa's begin after its pad token's id: others would run it with other positions than it was trained with here."""
+    config = RobertaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                           is_decoder=True, initializer_range=0.3)  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match="counting positions from 0 changes log pi of a token by up to"):
+        judged(without_dropout(RobertaForCausalLM(config)))
+
+
 def test_a_gap_that_other_prompts_do_not_show_is_a_tie_and_no_reason(monkeypatch):
-    gaps, real = iter([{"a": 0.5, "b": 0.0}, {"a": 0.0, "b": 0.5}]), guard._gaps
+    gaps, real = iter([{"a": 0.5, "b": 0.0, "c": 0.0}, {"a": 0.0, "b": 0.5, "c": 0.0}]), guard._gaps
     monkeypatch.setattr(guard, "_gaps", lambda *args: (real(*args)[0], next(gaps)))
     assert judged(tiny_llama()).sampling == 0.5
 
@@ -281,7 +292,7 @@ def test_whole_sequences_are_said_with_the_reason_and_only_where_they_run(window
     model = without_dropout(MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2, sliding_window=window)))
     inputs = SimpleNamespace(
         policy_flag="--policy", data=SimpleNamespace(prompts=[Prompt(i, "", tuple(ids)) for i, ids in enumerate(PROMPTS)]),
-        tokenizer=SimpleNamespace(pad_token_id=0), config=SimpleNamespace(gradient_checkpointing=False), end_ids=[2],
+        tokenizer=toy.make_tokenizer(), config=SimpleNamespace(gradient_checkpointing=False), end_ids=[2],
     )  # fmt: skip
     loading.inspect(inputs, model, "it")
     told = (

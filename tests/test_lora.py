@@ -16,7 +16,7 @@ from conftest import ROOT, environment, metrics, script, small_flags, tiny_gpt2,
 from safetensors.torch import load_file, save_file
 from test_recipes import pairs, recipe  # noqa: F401
 from test_split import errors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PhimoeConfig, PhimoeForCausalLM
 
 from recipes import chat, evaluate, merge, sft, train_rm
 from reinforce import adapter, lora
@@ -99,6 +99,16 @@ def test_all_linear_layers_of_the_blocks_are_adapted_by_default_and_neither_head
             ConfigError, match=f"--lora-targets {target}: no linear layer of the model's blocks has this name; it has"
         ):
             lora.layers(blocks(model), model, ("q_proj", target))
+
+
+def test_a_router_that_is_a_linear_layer_gets_no_adapter():
+    """Its forward gives a tuple, to which nothing can be added."""
+    config = PhimoeConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=2, num_local_experts=4)  # fmt: skip
+    model = PhimoeForCausalLM(config).eval()
+    names = lora.layers(blocks(model), model, ())
+    assert names and not any("router" in name or "gate" in name for name in names)
+    adapted(model)(input_ids=IDS)
 
 
 def test_frozen_weights_are_stored_as_autocast_would_cast_them_and_give_the_same_bits():

@@ -5,17 +5,34 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
     LlamaForSequenceClassification,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForSequenceClassification,
+    Phi3Config,
+    Phi3ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from recipes import toy, train_rm
 from recipes.fit import Plan
 from reinforce.errors import ConfigError
+from reinforce.serving.config import ServeConfig
+from reinforce.serving.load import load_reward
+from reinforce.serving.protocol import Text
 from reinforce.serving.reward_model import (
     bradley_terry_loss,
     fingerprint,
@@ -167,3 +184,66 @@ def test_scores_under_bf16_are_not_rounded_to_bfloat16(small):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = score(model, texts, 0)
     assert len(set(scores.tolist())) > 1.25 * len(set(scores.bfloat16().tolist()))
+
+
+WORDS = ["<pad>", "<unk>", "<s>", "</s>", "[CLS]", "[SEP]", *(f"w{i}" for i in range(40))]
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.5}
+
+
+def saved(folder, kind, config, template, **special):
+    """A reward model of any family, and a tokenizer of words that fills in a template."""
+    torch.manual_seed(0)
+    kind(config(num_labels=1, vocab_size=len(WORDS), **{"pad_token_id": 0, **SHAPE, **special.pop("extra", {})})).save_pretrained(
+        folder
+    )
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=template, special_tokens=[(word, i) for i, word in enumerate(WORDS[:6])])
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **{"pad_token": "<pad>", **special}).save_pretrained(folder)
+    return load_reward(ServeConfig(reward_model=str(folder), device="cpu", precision="fp32"))
+
+
+def read(reward, text):
+    return reward.encode(Text(text, None, None, None, None, True))[0]
+
+
+def test_the_text_is_cut_behind_its_begin_token_and_to_what_the_model_has_positions_for(tmp_path):
+    """Cut in front of it, BERT would pool an arbitrary word; RoBERTa has two positions fewer than its config says."""
+    text = " ".join(f"w{i % 40}" for i in range(100))
+    bert = saved(tmp_path / "bert", BertForSequenceClassification, BertConfig, "[CLS] $A [SEP]", cls_token="[CLS]",
+                 sep_token="[SEP]", extra={"max_position_embeddings": 32})  # fmt: skip
+    ids = read(bert, text)
+    assert len(ids) == 32 and (ids[0], ids[-1]) == (4, 5)
+    roberta = saved(tmp_path / "roberta", RobertaForSequenceClassification, RobertaConfig, "<s> $A </s>", bos_token="<s>",
+                    eos_token="</s>", cls_token="<s>", sep_token="</s>", extra={"max_position_embeddings": 34})  # fmt: skip
+    ids = read(roberta, text)
+    assert len(ids) == roberta.max_length == 33 and (ids[0], ids[-1]) == (2, 3)
+    roberta.score([ids])
+    with pytest.raises(ConfigError, match="has 33 positions"):
+        load_reward(ServeConfig(reward_model=str(tmp_path / "roberta"), device="cpu", max_length=34))
+
+
+def test_a_longrope_model_reads_no_more_than_its_original_length(tmp_path):
+    """Beyond it, all texts of the batch get other frequencies."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 1e4,
+            "original_max_position_embeddings": 16}  # fmt: skip
+    extra = {"max_position_embeddings": 64, "original_max_position_embeddings": 16, "rope_parameters": rope}
+    reward = saved(tmp_path, Phi3ForSequenceClassification, Phi3Config, "<s> $A", bos_token="<s>", eos_token="</s>", extra=extra)
+    short, long = (read(reward, " ".join(["w1"] * n)) for n in (5, 60))
+    assert reward.score([short]) == pytest.approx(reward.score([short, long])[:1], abs=1e-5)
+
+
+def test_an_end_token_stands_once_where_the_tokenizer_adds_one_too(tmp_path):
+    reward = saved(tmp_path, LlamaForSequenceClassification, LlamaConfig, "<s> $A </s>", bos_token="<s>", eos_token="</s>")
+    assert read(reward, "w1 w2") == [2, 7, 8]
+    assert read(reward, "w1 w2 </s>") == read(reward, "<s> w1 w2 </s>") == [2, 7, 8, 3]
+    assert read(reward, "w1 </s> </s>") == [2, 7, 3, 3]
+
+
+def test_a_model_that_does_not_find_a_texts_last_token_is_not_served(tmp_path):
+    with pytest.raises(ConfigError, match="the score of a text changes from"):  # it pools the padding
+        saved(tmp_path / "xlnet", XLNetForSequenceClassification, XLNetConfig, "$A [SEP] [CLS]", eos_token="</s>", cls_token="[CLS]",
+              sep_token="[SEP]", extra={"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32})  # fmt: skip
+    with pytest.raises(ConfigError, match="with its end token and one without get the same score"):
+        saved(tmp_path / "decoder", ModernBertDecoderForSequenceClassification, ModernBertDecoderConfig, "<s> $A", bos_token="<s>",
+              eos_token="</s>", pad_token="</s>", extra={"pad_token_id": 3, "eos_token_id": 3, "bos_token_id": 2})  # fmt: skip

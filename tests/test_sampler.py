@@ -119,6 +119,12 @@ def test_pad_equal_to_the_end_token_keeps_exactly_one_end_token_per_finished_row
         assert kept.count(2) == int(finished) and (not finished or kept[-1] == 2)
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"max_new_tokens": 0}, {"end_strings": "abc"}, {"end_strings": ("a",)}])
+def test_what_cannot_be_sampled_is_refused(options):
+    with pytest.raises(ValueError, match=r"must be above 0|need decode"):
+        Sampling(**{"max_new_tokens": 4, "end_ids": (2,), "pad_id": 0, **options})
+
+
 def test_any_of_several_end_tokens_stops_a_row():
     how = Sampling(max_new_tokens=40, end_ids=(2, 3, 4), pad_id=0)
     out = sample(Fixed(torch.zeros(8)), PROMPTS, seeds(PROMPTS, 32), how)

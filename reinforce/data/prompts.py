@@ -127,10 +127,11 @@ def tokenize(
     max_length: int,
     flag: str,
     date: str | None = None,
+    limit: str = "--max-prompt-length",
 ) -> tuple[list[Prompt], int]:
     """Prompts of at most max_length tokens, and how many longer ones were dropped.
 
-    `date` as of `render`. Raises ConfigError.
+    `date` as of `render`; `limit` says where max_length is from. Raises ConfigError.
     """
     prompts, dropped = [], 0
     for index, record in enumerate(records):
@@ -159,9 +160,7 @@ def tokenize(
         else:
             prompts.append(Prompt(index, text, ids, messages, record.get("label")))
     if not prompts:
-        raise ConfigError(
-            f"{flag}: every prompt is longer than --max-prompt-length {max_length} tokens"
-        )
+        raise ConfigError(f"{flag}: every prompt is longer than {max_length} tokens ({limit})")
     return prompts, dropped
 
 

@@ -160,6 +160,9 @@ def inspect(inputs: Inputs, model: nn.Module, source: str) -> guard.Verdict:
         f"by {verdict.sampling:.0e} between sampler and scorer, "
         f"by {verdict.padding:.0e} with its neighbours"
     )
+    rows, tokens = model.get_input_embeddings().weight.shape[0], len(inputs.tokenizer)  # type: ignore[operator]
+    if rows > tokens:
+        print(f"{name}: {rows - tokens} of its {rows} tokens have no text in its tokenizer")
     if not verdict.plain:
         print(
             f"{name}: this model does more than apply its head to hidden states; "

@@ -144,20 +144,22 @@ def load_prompts(
     Raises ConfigError where the prompts do not fit the model's context or the ranks.
     """
     context = context_length(policy)
-    longest = config.max_prompt_length
+    longest, limit = config.max_prompt_length, "--max-prompt-length"
     if context is not None:
         if context <= config.max_new_tokens:
             raise ConfigError(
                 f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt "
                 f"in this model's {context} positions; give fewer"
             )
-        longest = min(longest, context - config.max_new_tokens)
+        if context - config.max_new_tokens < longest:
+            longest = context - config.max_new_tokens
+            limit = f"the model's {context} positions less --max-new-tokens"
     prompts = {}
     for name, lines in records.items():
-        prompts[name], dropped = tokenize(lines, tokenizer, longest, name, date)
+        prompts[name], dropped = tokenize(lines, tokenizer, longest, name, date, limit)
         if dropped and distributed.rank() == 0:
             too_long = f"{dropped} prompts longer than {longest} tokens"
-            print(f"{name}: left out {too_long} (--max-prompt-length)")
+            print(f"{name}: left out {too_long} ({limit})")
     refuse_short_last_step(config, len(prompts[data_flag]))
     return prompts
 

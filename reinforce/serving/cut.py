@@ -14,18 +14,19 @@ CHARACTERS = 16  # a token, at first
 
 
 def last_tokens(
-    text: Text, longest: int, ids_of: Callable[[Text], list[int]]
+    text: Text, longest: int, ids_of: Callable[[Text], list[int]], begin: frozenset[int]
 ) -> tuple[list[int], bool]:
     """Ids of the last `longest` tokens, and whether there were more. Raises ValueError for none.
 
-    The beginning is cut since the response is at the end.
+    The beginning is cut since the response is at the end; a first token out of `begin` stays.
     """
     most = CHARACTERS * longest
     while True:
         part = last_characters(text, most)
         ids = ids_of(part)
         if len(ids) > longest:
-            return ids[-longest:], True
+            first = ids[:1] if ids[0] in begin and longest > 1 else []
+            return first + ids[len(first) - longest :], True
         if part is text:
             break
         most *= 4

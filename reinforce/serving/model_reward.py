@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from transformers.utils import cached_file
 
 from reinforce import device as devices
 from reinforce.errors import ConfigError
+from reinforce.policy import context_of
 from reinforce.serving import tensor_parallel
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.cut import last_tokens
@@ -35,9 +37,11 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     model, tokenizer = load_reward_model(name, device, **options)
     bf16 = devices.use_bf16(config.precision, device, sum(p.numel() for p in model.parameters()))
     hf = cast(Any, model).config
-    longest = (
-        config.max_length or getattr(hf.get_text_config(), "max_position_embeddings", None) or 4096
-    )
+    most = positions(model)
+    if most is not None and config.max_length is not None and config.max_length > most:
+        raise ConfigError(f"--max-length {config.max_length}: {name} has {most} positions")
+    longest = config.max_length or most or 4096
+    begin = frozenset(i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None)
     lock = threading.Lock()  # a fast tokenizer is not safe to share between threads
 
     def ids_of(text: Text) -> list[int]:
@@ -49,13 +53,15 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
             return messages_ids(tokenizer, text.messages, text.finished, config.date)
 
     def encode(text: Text) -> tuple[list[int], bool]:
-        return last_tokens(text, longest, ids_of)
+        return last_tokens(text, longest, ids_of, begin)
 
     @torch.inference_mode()
     def run(items: list[list[int]]) -> list[float]:
         with devices.autocast(device, bf16):
             return cast(list[float], score(model, items, tokenizer.pad_token_id or 0).tolist())
 
+    if not hasattr(model, "score"):
+        check_pooling(run, tokenizer, name)
     folder = (
         name
         if Path(name).is_dir()
@@ -66,6 +72,40 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     dated = "strftime_now" in str(tokenizer.chat_template)
     digest = fingerprint(folder) + ("/bf16" if bf16 else "") + (f"/{config.date}" if dated else "")
     return Reward(encode, run, len, [1] * min(8, longest), label, digest, mean, std, longest)
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a text may have, so that its score is its own; None if unknown.
+
+    RoBERTa's kind counts positions from after its pad token's id.
+    """
+    for name, table in model.named_modules():
+        first = getattr(table, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            return cast(int, table.num_embeddings) - cast(int, first) - 1
+    return context_of(model.config)
+
+
+def check_pooling(run: Callable[[list[list[int]]], list[float]], tokenizer: Any, name: str) -> None:
+    """A model that pools in its own way is served only if it finds a text's own last token.
+
+    Raises ConfigError where a longer text beside it changes a score, or an end token does not.
+    """
+    known = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    text, longer = known[:3], known[:8]
+    alone, beside = run([text])[0], run([text, longer])[0]
+    if abs(alone - beside) > 0.05 * (1 + abs(alone)):  # bfloat16 makes up to a fifth of that
+        raise ConfigError(
+            f"--reward-model {name}: the score of a text changes from {alone:.3f} to {beside:.3f} "
+            "where a longer text is scored with it; a model of this kind cannot be served"
+        )
+    end = tokenizer.eos_token_id
+    blind = end == tokenizer.pad_token_id and abs(run([[*text, end]])[0] - alone) < 1e-4
+    if blind:  # it takes the last token that is not the pad token
+        raise ConfigError(
+            f"--reward-model {name}: a text with its end token and one without get the same score; "
+            "a model of this kind cannot be served"
+        )
 
 
 def standard(config: ServeConfig, hf: Any, name: str) -> tuple[float, float]:
