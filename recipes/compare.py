@@ -48,7 +48,7 @@ from reinforce.policy import load_policy
 from reinforce.run import distributed, exits
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig, baseline_name
-from reinforce.run.folder import new_folder, new_run_folder
+from reinforce.run.folder import checkpoints_of, new_folder, new_run_folder
 from reinforce.run.loading import set_up
 from reinforce.text import Prompt
 from train import judge
@@ -137,7 +137,8 @@ def train_all(config: Config, common: list[str], folder: Path) -> None:
         command = [
             *(sys.executable, str(ROOT / "train.py")),
             *("--baseline", baseline, "--seed", str(seed), "--log-dir", str(run)),
-            *("--max-steps", steps, "--save-interval", steps, "--save-top-k", "0"),
+            *("--max-steps", steps, "--max-epochs", steps),  # an epoch has a step or more
+            *("--save-interval", steps, "--save-top-k", "0"),
             *common,
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -175,6 +176,7 @@ def at_budget(lines: Lines, budget: int, target: float) -> Numbers:
     run never reached it.
     """
     within = [line for line in lines if line["tokens_so_far"] <= budget]
+    within = within or lines[:1]  # a first step that is longer than the shortest run
     late = [line for line in within if line["tokens_so_far"] > 0.9 * budget] or within[-1:]
     numbers: Numbers = {
         name: statistics.fmean(line[name] for line in late) for name in ("reward", "objective")
@@ -336,7 +338,7 @@ def main() -> None:
         report(config, curves, {"initial": [], "trained": []}, folder)
         if config.noise_prompts:
             print("noise of the gradient estimates ...", flush=True)
-            last = sorted((folder / "rloo-0/checkpoints").glob("step-*"))[-1]
+            last = checkpoints_of(folder / "rloo-0")[-1]
             settings = toy.filled(parse(TrainConfig, "", common))
             report(config, curves, measure_noise(settings, config, last), folder)
     print(f"\n{(folder / 'compare.md').read_text()}")

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import toy
-from recipes.intervals import bootstrap
+from recipes.intervals import bootstrap, wilson
 from reinforce import adapter, kl
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
@@ -37,9 +37,10 @@ from reinforce.objective import Judged
 from reinforce.policy import load_policy, load_tokenizer
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import read_token
-from reinforce.run import exits, offload
+from reinforce.run import checkpoint, exits, offload
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
+from reinforce.run.folder import pinned
 from reinforce.run.group import Group, make_groups
 from reinforce.run.loading import set_up
 from reinforce.run.metrics import distinct, mean_and_error, mean_reward, rewards_of
@@ -144,7 +145,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
 
     The settings are those of the run, for the initial policy on the test prompts.
     """
-    run = Path(str(config.run))
+    run = pinned(Path(str(config.run)))
     try:
         facts = json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -155,8 +156,8 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()
     }
     base = toy.filled(TrainConfig(**values))
-    checkpoints = sorted(run.glob("checkpoints/step-*"))
-    if config.policy is None and not checkpoints:
+    newest = None if config.policy else checkpoint.newest(run)
+    if config.policy is None and newest is None:
         raise ConfigError(f"--run {run} has no checkpoints; give --policy")
     initial, test = config.initial_policy or base.policy, config.test_data or base.val_data
     host, port = config.rm_host, config.rm_port
@@ -193,7 +194,7 @@ def settings_of(config: Config, stack: ExitStack) -> tuple[TrainConfig, Path, st
         resume="auto",
         **changes,
     )
-    return base, run, config.policy or str(checkpoints[-1])
+    return base, run, config.policy or str(newest)
 
 
 def identity(run: Path) -> dict[str, Any]:
@@ -295,7 +296,7 @@ def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
         "initial": summary(before),
         "trained": summary(after),
         "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
-        "win_rate": {"mean": statistics.fmean(wins), "interval": bootstrap(wins)},
+        "win_rate": {"mean": statistics.fmean(wins), "interval": wilson(sum(wins), len(wins))},
         "kl": divergence,
     }
 
@@ -374,7 +375,8 @@ def main() -> None:
         actor = dataclasses.replace(initial, model=model, policy=policy, idle=idle(policy))
         after = answer(actor, prompts, config.greedy, initial)
     result = compare(before, after)
-    print(f"\n{len(prompts)} prompts; trained: {trained}; intervals are of 95 %\n")
+    print(f"\n{len(prompts)} prompts; trained: {trained}")
+    print("± is one standard error, [ ] an interval of 95 %\n")
     for name, left, right in [("", "initial", "trained"), *table(result)]:
         print(f"{name:<40}{left:>18}{right:>28}")
     for a, b in list(zip(before, after, strict=True))[:5]:

@@ -47,7 +47,8 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import sft, train_rm  # noqa: E402
 from recipes.fit import Plan  # noqa: E402
-from reinforce.run import distributed  # noqa: E402
+from reinforce.policy import load_policy  # noqa: E402
+from reinforce.run import checkpoint, distributed  # noqa: E402
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
@@ -303,21 +304,23 @@ def build(folder: Path) -> str:
     return f"SFT loss {loss:.2f} nats a token, {right}"
 
 
-def sample_ids(model: nn.Module, tokenizer: Any, prompts: list[Any], seed: int) -> list[list[int]]:
+def sample_ids(
+    model: nn.Module, tokenizer: Any, prompts: list[Any], seed: int, temperature: float = 1.0
+) -> list[list[int]]:
     """One response to each prompt, as token ids."""
     ends, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
-    sampling = Sampling(MAX_NEW_TOKENS, end_ids=ends, pad_id=pad)
+    sampling = Sampling(MAX_NEW_TOKENS, end_ids=ends, pad_id=pad, temperature=temperature)
     seeds = [row_seed(seed, 0, i, 0) for i in range(len(prompts))]
     out = sample(model, prompts, seeds, sampling)
     return [row[mask].tolist() for row, mask in zip(out.response, out.mask, strict=True)]
 
 
-def judge(name: str, policy: Path, tokenizer: Any) -> str:
+def judge(name: str, policy: Path, tokenizer: Any, temperature: float) -> str:
     """A line of the table: the grammar's judgement of 256 fresh samples of a policy."""
     rng = random.Random(7)
-    model = LlamaForCausalLM.from_pretrained(policy)
+    model = load_policy(str(policy), tokenizer, torch.device("cpu"))
     prompts = [tokenizer(make_prompt(rng)[0])["input_ids"] for _ in range(256)]
-    responses = sample_ids(model.eval(), tokenizer, prompts, seed=8)
+    responses = sample_ids(model, tokenizer, prompts, 8, temperature)
     reviews = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
     labels = [sentiment(r) for r in reviews]
     positive = sum(s is not None and s > 0 for s in labels) / len(labels)
@@ -339,14 +342,15 @@ def main() -> None:
     if run is None:
         print(folder)
         return
-    checkpoints = sorted(Path(run).glob("checkpoints/step-*"))
-    if not checkpoints:
+    last = checkpoint.newest(Path(run))
+    if last is None:
         sys.exit(f"recipes/toy.py: --judge {run}: the folder has no checkpoints")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy")
     print("the grammar's own label of 256 fresh samples:")
     print(f"{'':>8} {'positive':>9} {'grammatical':>12}   a sample")
-    print(judge("before", folder / "policy", tokenizer))
-    print(judge("after", checkpoints[-1], tokenizer))
+    temperature = json.loads((Path(run) / "config.json").read_text())["temperature"]
+    print(judge("before", folder / "policy", tokenizer, temperature))
+    print(judge("after", last, tokenizer, temperature))
 
 
 if __name__ == "__main__":

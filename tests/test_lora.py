@@ -187,7 +187,7 @@ def test_every_split_gives_the_gradient_of_one_process(worlds, world, variant):
 
 def assert_same_end(a, b):
     """Two runs with the same adapters, averages and logs, but for times."""
-    x, y = (checkpoint.steps(run)[-1] for run in (a, b))
+    x, y = (checkpoint.checkpoints_of(run)[-1] for run in (a, b))
     assert x.name == y.name == "step-000006"
     for name in (adapter.WEIGHTS, "training/optimizer.safetensors"):
         one, other = load_file(x / name), load_file(y / name)
@@ -214,7 +214,7 @@ def test_three_steps_a_sigkill_and_three_steps_are_six_steps_bitwise(flags, six,
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert [folder.name for folder in checkpoint.steps(run)] == ["step-000003"]
+    assert [folder.name for folder in checkpoint.checkpoints_of(run)] == ["step-000003"]
     out = train_here(*words)
     assert out.returncode == 0 and "going on after step 3 of 6" in out.stdout, out.stdout
     assert_same_end(run, six)
@@ -241,7 +241,7 @@ def test_to_give_the_default_alpha_is_no_other_run(flags, six):
 @pytest.fixture
 def trained(six, small):
     """Folder and logits of the run's end, from its adapter by hand: W + s B A in an ordinary model of transformers."""
-    folder = checkpoint.steps(six)[-1]
+    folder = checkpoint.checkpoints_of(six)[-1]
     model, stored = AutoModelForCausalLM.from_pretrained(small / "policy"), load_file(folder / adapter.WEIGHTS)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -307,7 +307,7 @@ def test_evaluation_and_chat_open_a_checkpoint(six, small, server_port):
     code, out = recipe(evaluate, *address)
     assert code == 0, out
     assert json.loads((six / "evaluation.json").read_text())["kl"]["mean"] > 0.01
-    code, out = recipe(chat, "--policy", checkpoint.steps(six)[-1], "--max-new-tokens", "4", stdin="anna\n")
+    code, out = recipe(chat, "--policy", checkpoint.checkpoints_of(six)[-1], "--max-new-tokens", "4", stdin="anna\n")
     assert code == 0 and "policy: " in out
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError
 from reinforce.rm_client import RewardClient
-from reinforce.run import checkpoint, resume
+from reinforce.run import checkpoint, launch, resume
 from reinforce.run import folder as run_folders
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import claimed
@@ -33,7 +33,7 @@ def untimed(run):
 
 def assert_same(a, b):
     """Two runs that ended alike: parameters, optimizer, every line of their logs."""
-    x, y = (checkpoint.steps(run)[-1] for run in (a, b))
+    x, y = (checkpoint.checkpoints_of(run)[-1] for run in (a, b))
     assert x.name == y.name and untimed(a) == untimed(b)
     for name in ("model.safetensors", "training/optimizer.safetensors"):
         one, other = load_file(x / name), load_file(y / name)
@@ -149,7 +149,7 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(six, how, tmp_path, capfd):
     flags, right = six
     run = shutil.copytree(right, tmp_path / "run")
-    damage(checkpoint.steps(run)[-1], how)
+    damage(checkpoint.checkpoints_of(run)[-1], how)
     out = go(flags, run, 6)
     assert "step-000006 is damaged" in out and "going on after step 5" in out
     assert_same(run, right)
@@ -159,10 +159,12 @@ def test_a_damaged_checkpoint_is_never_kept_in_place_of_a_good_one(six, tmp_path
     """Step 6 is damaged; the run goes on from 5 and is cut into parts that end before and after it, with nothing but the last kept."""
     flags, right = six
     run = shutil.copytree(right, tmp_path / "run")
-    for folder in checkpoint.steps(run)[3:]:
+    for folder in checkpoint.checkpoints_of(run)[3:]:
         damage(folder, "one bit")
     go([*flags, "--save-interval", "9"], run, 4, "--save-top-k", "0")
-    assert [f.name for f in checkpoint.steps(run)] == ["step-000004"] and checkpoint.flaw(checkpoint.steps(run)[0]) is None
+    assert [f.name for f in checkpoint.checkpoints_of(run)] == ["step-000004"] and checkpoint.flaw(
+        checkpoint.checkpoints_of(run)[0]
+    ) is None
     go(flags, run, 6, "--save-top-k", "0")
     assert_same(run, right)
     assert {f.name for f in (run / "checkpoints").iterdir()} == {
@@ -179,13 +181,13 @@ def test_an_optimizer_state_of_other_parameters_is_refused(six):
     _, right = six
     other = tiny_gpt2()
     with pytest.raises(FailedError, match="names parameters that the model of this checkpoint does not have"):
-        checkpoint.restore(checkpoint.steps(right)[-1], other, torch.optim.AdamW(other.parameters()))
+        checkpoint.restore(checkpoint.checkpoints_of(right)[-1], other, torch.optim.AdamW(other.parameters()))
 
 
 def test_without_a_good_checkpoint_nothing_starts_from_scratch(six, tmp_path):
     flags, right = six
     run = shutil.copytree(right, tmp_path / "run")
-    for folder in checkpoint.steps(run):
+    for folder in checkpoint.checkpoints_of(run):
         damage(folder, "one bit")
     for how in ("auto", "must"):
         out = go(flags, run, 6, "--resume", how, code=2)
@@ -328,7 +330,7 @@ def test_a_second_signal_before_the_first_step_is_not_a_second_end():
 
 def test_nothing_in_a_checkpoint_is_a_pickle(six):
     _, right = six
-    folder = checkpoint.steps(right)[-1]
+    folder = checkpoint.checkpoints_of(right)[-1]
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".jinja"}, files
     assert set(json.loads((folder / "manifest.json").read_text())["files"]) == files - {"manifest.json"}
@@ -342,7 +344,7 @@ def test_the_time_limit_ends_with_75_and_the_run_goes_on(six, tmp_path):
     out = go(flags, run, 297, "--save-interval", "999", "--max-time-per-run", "00:00:00:02", code=75)
     done = len(metrics(run))
     assert "its time limit of 2 s" in out and f"after step {done} of 297" in out
-    assert [f.name for f in checkpoint.steps(run)] == [f"step-{done:06d}"]
+    assert [f.name for f in checkpoint.checkpoints_of(run)] == [f"step-{done:06d}"]
     assert f"going on after step {done}" in go(flags, run, done + 1)
     for text in ("3:45", "1:2:3:4", "x", "-1:00:00:00"):
         with pytest.raises(ConfigError, match="DD:HH:MM:SS"):
@@ -363,7 +365,7 @@ def test_a_server_that_is_gone_costs_no_step(six, tmp_path, monkeypatch):
     monkeypatch.setattr(RewardClient, "rewards", gone)
     out = go(flags, tmp_path / "run", 6, "--save-interval", "99", code=75)
     monkeypatch.undo()
-    assert "no usable answer" in out and [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-000003"]
+    assert "no usable answer" in out and [f.name for f in checkpoint.checkpoints_of(tmp_path / "run")] == ["step-000003"]
     go(flags, tmp_path / "run", 6)
     assert_same(tmp_path / "run", right)
 
@@ -381,12 +383,120 @@ def test_a_server_that_is_gone_in_a_validation_costs_no_step_either(six, tmp_pat
 
     monkeypatch.setattr(RewardClient, "rewards", gone)
     go(flags, run, 6, "--save-interval", "99", code=75)
-    assert [f.name for f in checkpoint.steps(run)] == ["step-000003"] and len(metrics(run)) == 3
+    assert [f.name for f in checkpoint.checkpoints_of(run)] == ["step-000003"] and len(metrics(run)) == 3
     go(flags, run, 6)
     assert (run / "validation.jsonl").read_bytes() == (right / "validation.jsonl").read_bytes(), "made up for at the start"
-    lines = untimed(right)
-    lines[2].pop("val_reward")
-    assert untimed(run) == lines
+    assert untimed(run) == untimed(right)
+
+
+def test_a_run_that_stops_saves_before_it_validates_and_the_validation_is_made_up_for(six, tmp_path):
+    """torchrun kills 30 seconds after its signal, and a validation may take longer."""
+    flags, right = six
+    run = tmp_path / "run"
+    go(flags, run, 6, "--max-time-per-run", "00:00:00:00", code=75)
+    (folder,) = checkpoint.checkpoints_of(run)
+    step = checkpoint.state(folder)["step"]
+    validated = {json.loads(line)["step"] for line in (run / "validation.jsonl").open()}
+    assert 0 < step < 6 and step not in validated
+    go(flags, run, 6)
+    assert_same(run, right)
+
+
+def test_a_validation_that_a_kill_has_cut_short_is_made_again(six, tmp_path):
+    flags, right = six
+    run = tmp_path / "run"
+    go(flags, run, 4)
+    lines = (run / "validation.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "validation.jsonl").write_bytes(b"".join(lines[:-3]))  # of the checkpoint's own step
+    go(flags, run, 6)
+    assert_same(run, right)
+
+
+def test_a_baseline_that_fails_leaves_the_state_of_the_last_finished_step(flags, tmp_path):
+    (tmp_path / "b.py").write_text(
+        "import torch\n"
+        "class Counting:\n"
+        "    state = 0\n"
+        "    def __call__(self, R, valid):\n"
+        "        self.state += 1\n"
+        f"        if self.state == 3 and not __import__('os').path.exists({str(tmp_path / 'mended')!r}):\n"
+        "            raise ValueError('once')\n"
+        "        return torch.zeros_like(R)\n"
+        "counting = Counting()\n"
+    )
+    own = [*flags, "--baseline", f"{tmp_path}/b.py:counting", "--val-check-interval", "99"]
+    assert "it raises ValueError: once" in go(own, tmp_path / "run", 4, code=1)
+    (folder,) = checkpoint.checkpoints_of(tmp_path / "run")
+    assert checkpoint.state(folder)["step"] == checkpoint.state(folder)["baseline"] == 2
+    (tmp_path / "mended").touch()
+    go(own, tmp_path / "run", 4)
+
+
+def test_a_run_keeps_to_its_folder_when_the_link_that_named_it_moves(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "latest").symlink_to("a")
+    link = str(tmp_path / "latest")
+    assert run_folders.log_dir_of(["--log-dir", link]) == run_folders.new_run_folder(link, "x") == (tmp_path / "a").resolve()
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_reason_to_begin_again(six, tmp_path):
+    """Their disk is not mounted, say; the logs of the run would be emptied."""
+    flags, _ = six
+    run = tmp_path / "run"
+    go(flags, run, 2)
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "unmounted")
+    assert "checkpoints: cannot be listed" in go(flags, run, 3, code=2)
+    assert len(metrics(run)) == 2
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert "going on after step 2" in go(flags, run, 3)
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path):
+    for step in (999_999, 1_000_001, 1_000_000):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-best").mkdir()
+    found = [folder.name for folder in run_folders.checkpoints_of(tmp_path)]
+    assert found == ["step-999999", "step-1000000", "step-1000001"]
+    assert launch.newest_checkpoint(tmp_path) == "step-1000001"
+
+
+def test_prompts_that_draw_other_numbers_or_reach_the_reward_in_another_form_are_another_run(six, small, tmp_path):
+    """A line that is too long is left out, but counts; messages are not scored as text."""
+    flags, _ = six
+    prompts = (small / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "max on the film in paris : " * 40}) + "\n" + prompts)
+    own = [*flags, "--train-data", tmp_path / "train.jsonl"]
+    go(own, tmp_path / "run", 1)
+    (tmp_path / "train.jsonl").write_text(prompts)
+    assert "holds another run: rows was" in go(own, tmp_path / "run", 2, code=2)
+
+
+@pytest.mark.parametrize(
+    "scripts", [["train.py"], ["-m", "torch.distributed.run", "--standalone", "train.py"]], ids=["alone", "torchrun"]
+)
+def test_a_run_whose_reader_has_left_saves_when_it_is_stopped(flags, tmp_path, scripts):
+    """Ctrl-C in `train.py | tee log` ends tee as well."""
+    words = [*scripts, *flags, "--max-epochs", 900, "--log-dir", tmp_path / "run"]
+    started = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment(OMP_NUM_THREADS=1), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+    for line in started.stdout:
+        if b" 2/2700" in line:
+            break
+    started.stdout.close()
+    started.send_signal(signal.SIGINT)
+    started.wait(60)
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 75
+    assert checkpoint.checkpoints_of(tmp_path / "run")[-1].name == f"step-{len(metrics(tmp_path / 'run')):06d}"
+
+
+def test_asking_for_help_touches_no_run(tmp_path):
+    (tmp_path / "exit.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "identity.json").write_text("{}")
+    assert script("train.py", "--log-dir", tmp_path, "--help").returncode == 0 and (tmp_path / "exit.json").exists()
+    assert "--log-dir is empty" in script("train.py", "--log-dir", "").stdout
 
 
 def test_a_stopping_run_does_not_wait_for_a_dead_server():
@@ -404,7 +514,7 @@ def test_a_full_disk_ends_the_run_with_the_bytes_it_lacks_and_the_last_checkpoin
     flags, right = six
     run = tmp_path / "run"
     go(flags, run, 3)
-    limit = (checkpoint.steps(run)[-1] / "model.safetensors").stat().st_size // 2
+    limit = (checkpoint.checkpoints_of(run)[-1] / "model.safetensors").stat().st_size // 2
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -416,7 +526,7 @@ def test_a_full_disk_ends_the_run_with_the_bytes_it_lacks_and_the_last_checkpoin
     )
     assert "step 4" in json.loads((run / "exit.json").read_text())["reason"]
     assert [f.name for f in (run / "checkpoints").iterdir() if not f.name.startswith("step-00000")] == []
-    assert checkpoint.flaw(checkpoint.steps(run)[-1]) is None and checkpoint.steps(run)[-1].name == "step-000003"
+    assert checkpoint.flaw(checkpoint.checkpoints_of(run)[-1]) is None and checkpoint.checkpoints_of(run)[-1].name == "step-000003"
     go(flags, run, 6)
     assert_same(run, right)
 
@@ -447,7 +557,7 @@ def test_signals_while_it_saves_change_nothing(six, tmp_path):
         trainer.send_signal(number)
         time.sleep(0.2)
     assert trainer.wait(60) == 75
-    assert [checkpoint.flaw(f) for f in checkpoint.steps(run)] == [None]
+    assert [checkpoint.flaw(f) for f in checkpoint.checkpoints_of(run)] == [None]
     assert "stopped by SIG" in json.loads((run / "exit.json").read_text())["reason"]
 
 
@@ -484,7 +594,10 @@ def test_two_sharded_ranks_stop_together_and_one_goes_on(six, tmp_path):
     job.wait(60)
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     done = len(metrics(run))
-    assert checkpoint.steps(run)[-1].name == f"step-{done:06d}" and checkpoint.flaw(checkpoint.steps(run)[-1]) is None
+    assert (
+        checkpoint.checkpoints_of(run)[-1].name == f"step-{done:06d}"
+        and checkpoint.flaw(checkpoint.checkpoints_of(run)[-1]) is None
+    )
 
     total = max(6, done + 2)
     go(flags, run, total)

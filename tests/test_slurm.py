@@ -100,6 +100,16 @@ def running(folder):
     return found
 
 
+def test_a_requeue_that_fails_is_told(tmp_path, monkeypatch):
+    job = object.__new__(slurm.Hetjob)
+    job.id = "4242"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job.requeue() == "scontrol cannot be started: No such file or directory"
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert job.requeue() == "scontrol requeue ended with code 1"
+
+
 @pytest.mark.slow
 def test_a_job_whose_time_runs_out_goes_on_when_requeued_and_ends_with_its_server(sbatch, tmp_path):
     """Two actor nodes; Slurm's USR1 comes to the batch script; then the same job again, on one node, until its server dies."""

@@ -133,7 +133,7 @@ def test_a_killed_team_goes_on_bitwise(flags, tmp_path, how):
     (tmp_path / "dies.py").write_text(DIES)
     out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, tmp_path / "dies.py", *words, tmp_path / "run",
                  OMP_NUM_THREADS=1)  # fmt: skip
-    assert out.returncode != 0 and [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-000003"], out.stdout
+    assert out.returncode != 0 and [f.name for f in checkpoint.checkpoints_of(tmp_path / "run")] == ["step-000003"], out.stdout
     out = torchrun(ranks, *words, tmp_path / "run")
     assert out.returncode == 0 and "going on after step 3 of 6" in out.stdout, out.stdout
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -151,7 +151,9 @@ def test_a_team_that_is_told_to_end_saves_its_last_step_and_goes_on_bitwise(flag
     job.send_signal(number)
     assert job.wait(60) != 0
     done = len(metrics(run))
-    assert [f.name for f in checkpoint.steps(run)] == [f"step-{done:06d}"] and checkpoint.flaw(checkpoint.newest(run)) is None
+    assert [f.name for f in checkpoint.checkpoints_of(run)] == [f"step-{done:06d}"] and checkpoint.flaw(
+        checkpoint.newest(run)
+    ) is None
     for folder in (run, tmp_path / "whole"):
         out = torchrun(2, *words, folder, "--max-steps", done + 2)
         assert out.returncode == 0 and ("going on" in out.stdout) == (folder == run), out.stdout

@@ -17,7 +17,6 @@ shards written by every rank (one copy of the model must fit into rank 0's memor
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from reinforce import adapter
 from reinforce.errors import ConfigError, FailedError
 from reinforce.run import distributed, offload
+from reinforce.run.folder import checkpoints_of
 
 MANIFEST = "manifest.json"
 # in a folder of its own: inference engines read every *.safetensors beside config.json
@@ -199,16 +199,11 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is not what was written (sha256)"
         if state(folder)["step"] != int(folder.name.removeprefix("step-")):
             return "state.json is of another step"
+    except PermissionError as error:  # it is not damaged
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} or state.json cannot be used ({type(error).__name__}: {error})"
     return None
-
-
-def steps(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints, oldest first, damaged ones included."""
-    found = run.glob("checkpoints/step-*")  # and no copy that a user has made beside them
-    ours = [folder for folder in found if re.fullmatch(r"step-\d+", folder.name)]
-    return sorted(ours, key=lambda folder: folder.name)
 
 
 def newest(run: Path) -> Path | None:
@@ -216,7 +211,7 @@ def newest(run: Path) -> Path | None:
 
     A damaged one is reported on stderr. Raises ConfigError if all are damaged.
     """
-    found = steps(run)
+    found = checkpoints_of(run)
     for folder in reversed(found):
         reason = flaw(folder)
         if reason is None:
@@ -236,7 +231,7 @@ def set_aside(run: Path, step: int) -> None:
 
     They are damaged, and must not be taken for the newest ones later.
     """
-    for folder in steps(run):
+    for folder in checkpoints_of(run):
         if int(folder.name.removeprefix("step-")) > step:
             renamed = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(renamed, ignore_errors=True)
@@ -270,12 +265,12 @@ def flush(path: Path) -> None:
 def _prune(folder: Path, keep_best: int, rewards: dict[int, float]) -> None:
     """Remove all checkpoints but this one and the `keep_best` best of the others."""
 
-    def merit(other: Path) -> tuple[float, str]:
+    def merit(other: Path) -> tuple[float, int]:
         """The validation reward; of two equal ones the newer checkpoint is better."""
         step = int(other.name.removeprefix("step-"))
-        return rewards.get(step, float("-inf")), other.name
+        return rewards.get(step, float("-inf")), step
 
-    others = [other for other in steps(folder.parent.parent) if other != folder]
+    others = [other for other in checkpoints_of(folder.parent.parent) if other != folder]
     for other in sorted(others, key=merit, reverse=True)[keep_best:]:
         _remove(other)
 

@@ -37,9 +37,10 @@ class EndedError(Exception):
 
 def say(line: str) -> None:
     """Print one line to stderr, under the name of the script that the user has called."""
-    sys.stderr.flush()
-    # not print, which a signal handler may have interrupted
-    os.write(2, f"launch.sh: {line}\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.flush()
+        # not print, which a signal handler may have interrupted
+        os.write(2, f"launch.sh: {line}\n".encode())
 
 
 def family(pid: int) -> list[int]:
@@ -169,8 +170,8 @@ class Signals:
             return
         self.first, self.at = signal.Signals(number).name, time.monotonic()
         if self.trainer is not None:
-            say(f"{self.first}: the actor ends after this step and saves")
             self.tell_trainer(self.first)
+            say(f"{self.first}: the actor ends after this step and saves")
 
     def tell_trainer(self, name: str) -> None:
         """Ask the trainer, by a signal, to save and end."""

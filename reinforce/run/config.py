@@ -442,6 +442,8 @@ class TrainConfig:
             seconds(self.max_time_per_run)
         if self.resume == "must" and self.log_dir is None:
             raise ConfigError("--resume must: give the run to go on with as --log-dir")
+        if self.log_dir == "":
+            raise ConfigError("--log-dir is empty; give a folder, or leave it out")
         if "" in self.end_strings:
             raise ConfigError("--end-strings: an empty string would end every response at once")
         offloads = self.offload_reference or self.offload_optimizer

@@ -10,7 +10,6 @@ torchrun turns every code but 0 into 1, so the code and its reason are also in <
 
 import contextlib
 import errno
-import io
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError,
 from reinforce.run import distributed
 from reinforce.run.folder import claimed, is_ours, log_dir_of
 from reinforce.run.stop import Stop
+from reinforce.run.streams import unheard
 
 
 def run(
@@ -39,9 +39,7 @@ def run(
     folder by then.
     """
     expected = True
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # of any encoding: what that lacks is escaped
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = unheard(sys.stdout), unheard(sys.stderr)
     try:
         main()
         code, reason = 0, "done"
@@ -126,7 +124,8 @@ class Life:
 
 def run_in_folder(body: Callable[[Life], None]) -> int:
     """`run` for train.py: claims --log-dir, if it is given, before anything else can go wrong."""
-    given = log_dir_of(sys.argv)
+    # a command that asks for --help is none on that folder
+    given = None if {"-h", "--help"} & set(sys.argv) else log_dir_of(sys.argv)
     # on rank 0 the given folder is not ours until it is claimed
     folder = given if distributed.rank() else None
 

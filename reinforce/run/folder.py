@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
     stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
     while True:
         suffix = f"-{n}" if n else ""
-        folder = Path(f"runs/{name}-{stamp}{suffix}" if log_dir is None else log_dir)
+        named = f"runs/{name}-{stamp}{suffix}" if log_dir is None else log_dir
+        folder = pinned(Path(named))
         try:
             folder.mkdir(parents=True, exist_ok=log_dir is not None)
         except FileExistsError as error:
@@ -95,6 +97,33 @@ def new_run_folder(log_dir: str | None, name: str) -> Path:
             if log_dir is None:
                 (folder / ".lock").write_text(job())
             return folder
+
+
+def pinned(folder: Path) -> Path:
+    """The folder itself where a link leads to it: runs/latest may point elsewhere before the end.
+
+    >>> pinned(Path("runs/none"))
+    PosixPath('runs/none')
+    """
+    whole = folder.resolve()
+    return folder if whole == folder.absolute() else whole
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first, damaged ones included.
+
+    Raises ConfigError where they cannot be listed, for they may be there.
+    """
+    parent = run / "checkpoints"
+    try:
+        names = [entry.name for entry in os.scandir(parent)]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not parent.is_symlink():
+            return []
+        raise ConfigError(f"{parent}: cannot be listed ({error.strerror})") from error
+    # and no copy that a user has made beside them
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name))
+    return [parent / f"step-{step:06d}" for step in steps]
 
 
 def point_latest(folder: Path) -> None:
@@ -129,10 +158,10 @@ def new_folder(name: str, flag: str) -> None:
 
 def log_dir_of(argv: Sequence[str]) -> Path | None:
     """--log-dir of a command line that may be wrong elsewhere: exit.json goes there."""
-    found = None
+    found = ""
     for i, word in enumerate(argv):  # the last one counts, as argparse has it
         if word == "--log-dir" and i + 1 < len(argv):
-            found = Path(argv[i + 1])
+            found = argv[i + 1]
         if word.startswith("--log-dir="):
-            found = Path(word.partition("=")[2])
-    return found
+            found = word.partition("=")[2]
+    return pinned(Path(found)) if found else None

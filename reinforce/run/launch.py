@@ -118,11 +118,16 @@ class Job:
             print(f"== {folder.name}: there already, {folder}", flush=True)
             return
         print(f"== {folder.name}", flush=True)
-        partial = folder.with_name(f".{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.run(script, *words, "--out", partial)
-        partial.rename(folder)
+        try:
+            self.run(script, *words, "--out", partial)
+            partial.rename(folder)
+        except OSError:  # another launcher was faster
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def check(
         self, train: Sequence[object], server: Sequence[object] = ("--reward-fn", "x:y")
@@ -190,8 +195,11 @@ class Job:
         words = ["--rm-host", host, "--rm-port", port, "--rm-wait", "600", "--log-dir", self.folder]
         before = newest_checkpoint(self.folder)
         self.signals.raise_if_any("before the first step")
+        os.environ["LAUNCHER"] = str(os.getpid())  # torchrun.py ends with it
         trainer = Child([*torchrun, str(ROOT / "train.py"), *map(str, [*flags, *words])])
         self.signals.trainer = trainer
+        if self.signals.first:  # it came while the trainer was being started
+            self.signals.tell_trainer(self.signals.first)
         server_code = self.watch(trainer)
         self.signals.trainer = None
         if server_code is not None:
@@ -239,8 +247,9 @@ class Job:
             say("not requeued: no new checkpoint since this job started")
         elif code == AGAIN and self.hetjob:
             self.end()
-            say(f"requeued, to go on from {newest}")
-            self.hetjob.requeue()
+            failed = self.hetjob.requeue()
+            said = f"not requeued, {failed}; the same command with --log-dir {self.folder} goes on"
+            say(said if failed else f"requeued, to go on from {newest}")
         raise EndedError(code, f"exit code {code}; logs: {self.folder}")
 
     def end(self) -> None:
@@ -308,7 +317,8 @@ def new_folder(given: str | None, name: str, hetjob: slurm.Hetjob | None) -> Pat
     except OSError as error:
         reason = f"--log-dir {folder} cannot be made ({error.strerror}); give another folder"
         raise EndedError(2, reason) from error
-    return folder.resolve() if hetjob else folder  # a container may start in another folder
+    whole = folder.resolve()  # a container may start in another folder, a link may be moved
+    return whole if hetjob or whole != folder.absolute() else folder
 
 
 def hold(folder: Path, wait: float) -> IO[str]:
@@ -318,7 +328,11 @@ def hold(folder: Path, wait: float) -> IO[str]:
     """
     end = time.monotonic() + wait
     while True:
-        held = (folder / ".launch").open("a")
+        try:
+            held = (folder / ".launch").open("a")
+        except OSError as error:
+            reason = f"--log-dir {folder} cannot be written to ({error.strerror})"
+            raise EndedError(2, f"{reason}; give another folder") from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with (folder / ".lock").open("a") as trainers:
@@ -338,7 +352,8 @@ def hold(folder: Path, wait: float) -> IO[str]:
 
 def newest_checkpoint(folder: Path) -> str:
     """The name of the newest checkpoint in a run folder; "" if there is none."""
-    return max((path.name for path in folder.glob("checkpoints/step-*")), default="")
+    names = [path.name for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+    return max(names, key=lambda name: int(name[5:]), default="")
 
 
 def read_exit(folder: Path) -> tuple[int, str] | None:

@@ -24,9 +24,8 @@ class Recorder:
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)
         self._validation = (folder / "validation.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=done + 1 if done else None
-        )
+        # also where a run was killed before its first checkpoint, and begins again
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._progress = Progress(total, done)
 
     def log(
@@ -47,6 +46,19 @@ class Recorder:
             if isinstance(value, (int, float)) and name != "val_reward":
                 self._board.add_scalar(name, value, step)
         self._progress.step(metrics)
+
+    def complete(self, step: int, val_reward: float) -> None:
+        """Give the last line of metrics.jsonl, that of `step`, its validation reward."""
+        path = self.folder / "metrics.jsonl"
+        *before, last = path.read_text().splitlines(keepends=True)
+        metrics = json.loads(last)
+        if metrics["step"] == step and "val_reward" not in metrics:
+            partial = self.folder / f".metrics.{os.getpid()}"
+            line = json.dumps({**metrics, "val_reward": val_reward}) + "\n"
+            partial.write_text("".join([*before, line]))
+            self._metrics.close()
+            partial.replace(path)
+            self._metrics = path.open("a", buffering=1)
 
     def validated(self, step: int, groups: Sequence[Group]) -> None:
         """The validation after `step` steps."""
@@ -115,6 +127,9 @@ class Silent(Recorder):
     def log(
         self, metrics: dict[str, Any], groups: Sequence[Group], advantage: Sequence[float]
     ) -> None:
+        """Nothing."""
+
+    def complete(self, step: int, val_reward: float) -> None:
         """Nothing."""
 
     def validated(self, step: int, groups: Sequence[Group]) -> None:

@@ -178,7 +178,8 @@ def check_identity(run: Path, current: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        recorded = {**identity(TrainConfig()), **json.loads(path.read_text())}
+        younger = {**identity(TrainConfig()), "rows": current.get("rows")}
+        recorded = {**younger, **json.loads(path.read_text())}
         before = canonical(recorded)
     except (ValueError, TypeError) as error:
         raise ConfigError(
@@ -220,6 +221,16 @@ def truncate_logs(run: Path, step: int) -> None:
         if path.exists():
             with path.open("r+b") as file:
                 file.truncate(_bytes_up_to(step, file))
+
+
+def drop_part_of_validation(run: Path, prompts: int) -> None:
+    """Cut off the lines of a last validation that a kill has cut short: it is made again."""
+    path = run / "validation.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines]
+    last = steps.count(steps[-1]) if steps else 0
+    if 0 < last < prompts:
+        os.truncate(path, sum(map(len, lines[:-last])))
 
 
 def _bytes_up_to(step: int, lines: Iterable[bytes]) -> int:

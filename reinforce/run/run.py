@@ -6,6 +6,7 @@ saves them. Saving needs all ranks: inside the loop such errors come out of `dis
 on every rank, and never between an update and `finished`.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -193,6 +194,8 @@ class Run:
             self._recorder.write_refused(made.number + 1, row)
         self._actor.refusals.rows.clear()
         self._refused = self._actor.refusals.total
+        # of this step: a baseline that fails in the next one may have changed it by then
+        self._baseline_state = copy.deepcopy(self._baseline.state)
         self._held, self._val_reward, self._updates = (metrics, groups, made.advantage), None, []
         self._done = made.number + 1
         reasons = distributed.of_all(self._stop.reason)
@@ -235,16 +238,20 @@ class Run:
     def validate_if_due(self) -> None:
         """Validate before the first step, after every --val-check-interval steps and at the end.
 
-        A validation that a failure of the server has prevented is made when the run goes on.
+        One that a stop or a failure of the server has prevented is made when the run goes on.
         """
         held_out, done = self._data.held_out, self._done
         due = done == self._total or done % self._config.val_check_interval == 0
         if not held_out or not due or done in self._validated:
             return
+        if self._stopped and done < self._total:  # saving comes first; it is made up for later
+            return
         groups = validate(self._actor, held_out)
         self._val_reward = mean_reward(groups)[0]
         if self._held is not None:
             self._held[0]["val_reward"] = self._val_reward
+        elif done:  # the step's line is written already
+            self._recorder.complete(done, self._val_reward)
         self._write()
         self._recorder.validated(done, groups)
         self._validated[done] = self._val_reward
@@ -274,7 +281,7 @@ class Run:
         self._recorder.sync()
         state = {
             "val_reward": self._val_reward,
-            "baseline": self._baseline.state,
+            "baseline": self._baseline_state,
             "bf16": self._actor.bf16,
             "refused": self._refused,
         }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
         checkpoint.sweep(folder)
         checkpoint.set_aside(folder, inputs.start.step)
         resume.truncate_logs(folder, inputs.start.step)
+        resume.drop_part_of_validation(folder, len(inputs.data.held_out))
         facts = {
             **dataclasses.asdict(config),
             **_absolute(config),
@@ -39,10 +41,15 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
             "transformers": transformers.__version__,
         }
         try:
-            (folder / "config.json").write_text(json.dumps(facts, indent=2))
-        except OSError as error:
+            for log in resume.LOGS:
+                if (folder / log).exists():
+                    (folder / log).open("a").close()
+            partial = folder / f".config.{os.getpid()}"
+            partial.write_text(json.dumps(facts, indent=2))
+            partial.replace(folder / "config.json")
+        except PermissionError as error:
             raise ConfigError(
-                f"--log-dir {folder}: cannot be written to ({error.strerror}); give another folder"
+                f"{error.filename}: cannot be written ({error.strerror}); give another --log-dir"
             ) from error
         return folder, identity
 
@@ -76,6 +83,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         end_ids=inputs.end_ids,
         prompts=resume.digest([[p.ids, p.text, p.label] for p in data.prompts]),
         held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
+        rows=resume.digest([[p.index, p.messages] for p in [*data.prompts, *data.held_out]]),
         total_steps=None if constant else total,
     )
 

@@ -77,9 +77,13 @@ class Hetjob:
         first = given.split("(")[0].split(",")[0]
         return int(first) if first.isdigit() else None
 
-    def requeue(self) -> None:
-        """Put the job back into the queue."""
-        subprocess.run(["scontrol", "requeue", self.id], check=False)
+    def requeue(self) -> str:
+        """Put the job back into the queue; why that failed, or "" if it did not."""
+        try:
+            code = subprocess.run(["scontrol", "requeue", self.id], check=False).returncode
+        except OSError as error:
+            return f"scontrol cannot be started: {error.strerror}"
+        return f"scontrol requeue ended with code {code}" if code else ""
 
 
 def write_token(file: Path) -> None:

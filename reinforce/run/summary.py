@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.data.prompts import Data
+from reinforce.run.folder import checkpoints_of
 from reinforce.run.group import Group, recorded
 from reinforce.run.metrics import distinct, mean_reward
 from reinforce.run.printable import columns_of, escaped, wrapped
@@ -28,7 +29,7 @@ def print_summary(data: Data, folder: Path) -> None:
         _print_validation(data.held_out, validations[0], validations[-1], columns)
     else:
         _print_training(data.prompts, folder, columns)
-    policies = sorted((folder / "checkpoints").glob("step-*"))
+    policies = checkpoints_of(folder)
     places = {
         "curves": folder / "curves.png",
         "metrics": folder / "metrics.jsonl",

@@ -3,7 +3,8 @@
 Started by path, by launch.py. torchrun prints a page for every rank that ends with another code
 than 0, and a traceback after a signal; the sentence would be lost in it. Codes 2 and 75 are those
 of exits.py. Every other failure keeps torchrun's report.
-With --exit-with-parent, a flag of serve_rm.py, torchrun ends as well when its parent has ended.
+With --exit-with-parent, a flag of serve_rm.py, or as the launcher's own child, torchrun ends as
+well when its parent has ended.
 """
 # ruff: noqa: E402
 
@@ -29,7 +30,7 @@ SAID = (2, 75)
 
 def run() -> int:
     """torchrun's main, and its exit code: 2 for your configuration, 1 for another failed rank."""
-    if "--exit-with-parent" in sys.argv:
+    if "--exit-with-parent" in sys.argv or os.environ.get("LAUNCHER") == str(PARENT):
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         main()
