@@ -11,6 +11,7 @@ With --lora-rank adapters alone are trained, and merged before the model is save
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ if __name__ == "__main__":
 from recipes.fit import Plan, fit
 from reinforce import device as devices
 from reinforce import lora
-from reinforce.data.preferences import Messages, conversation, side
+from reinforce.data.preferences import Messages, conversation, flaw_of_reply, side
 from reinforce.data.records import BadLineError, columns, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
@@ -203,11 +204,15 @@ def main() -> None:
     chats = {}
     for name, source in sources.items():
         if source is not None:
-            chats[name], bad = read_records(
-                source, name, check_example, config.skip_bad_lines, "examples"
-            )
+            read, bad = read_records(source, name, check_example, config.skip_bad_lines, "examples")
             if bad:
                 print(f"{name}: left out {bad} malformed lines (--skip-bad-lines)")
+            flaws = [None if isinstance(chat, tuple) else flaw_of_reply(chat) for chat in read]
+            for flaw, count in Counter(flaw for flaw in flaws if flaw).items():
+                print(f"{name}: left out {count}, {flaw}")
+            chats[name] = [chat for chat, flaw in zip(read, flaws, strict=True) if flaw is None]
+            if not chats[name]:
+                raise ConfigError(f"{name} {source}: no example with a reply to learn from")
     if config.lora_rank:
         refuse_targets(config.model, config.lora_targets, "--model")
     new_folder(config.out, "--out")

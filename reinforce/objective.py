@@ -46,9 +46,10 @@ def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
     """`valid` of each response, (B,) bool: it has a reward, and with --truncated drop has finished.
 
     A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For
-    one prompt, rloo follows E[R | counted] and no baseline E[R * 1{counted}]. Over several prompts,
-    N counts the rows of all of them, so a prompt with few counted rows weighs less: rloo weighs
-    grad E[R | counted] of prompt x by E[n 1{n >= 2} / N], n its counted rows.
+    one prompt, rloo climbs E[R | counted] + beta log P(counted), and no baseline
+    E[R * 1{counted}] + beta P(counted). Over several prompts, N counts the rows of all of them, so
+    a prompt with few counted rows weighs less: rloo weighs the gradient of prompt x by
+    E[n 1{n >= 2} / N], n its counted rows.
 
     >>> counted(torch.tensor([True, False, True]), torch.tensor([1.0, 1.0, torch.nan]), "drop")
     tensor([ True, False, False])

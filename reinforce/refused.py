@@ -3,7 +3,7 @@
 A refusal (400, 413, 422, 500, 507) is a word on one text, and asking again would bring it again. By
 default it ends the run. A row that is left out is treated as `--truncated drop` treats an
 unfinished one: not counted in any baseline or in N, and biased in the same way, with "accepted" for
-"finished": with rloo the gradient of E[R | accepted], prompt by prompt.
+"finished" (`objective.counted`).
 """
 
 from collections.abc import Sequence

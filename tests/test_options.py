@@ -42,6 +42,21 @@ def chance(logits):
     return (logp_table(logits) * MASK).sum(1).exp()
 
 
+def moving(logits, ref, reward):
+    """R with its graph, (N,): it depends on the policy through the KL."""
+    return reward - BETA * ((logp_table(logits) - logp_table(ref)) * MASK).sum(1)
+
+
+def given_finished(logits, ref, reward):
+    """grad E[R | finished] + beta grad log P(finished)."""
+
+    def value(x):
+        finished = (chance(x) * FINISHED).sum()
+        return (chance(x) * FINISHED * moving(x, ref, reward)).sum() / finished + BETA * finished.log()
+
+    return gradient_of(value, logits)
+
+
 @pytest.mark.parametrize(("estimate", "reduce"), KLS)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_kl_in_the_reward_follows_the_gradient_of_its_mean_less_that_of_its_value(estimate, reduce, seed):
@@ -72,16 +87,16 @@ def test_the_stated_cosines_of_the_kl_options():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_length_norm_follows_the_reward_per_token(seed):
-    """A response of n tokens counts 1/n: without a baseline that is the gradient of E[R / n], exactly."""
+    """A response of n tokens counts 1/n: without a baseline grad E[R/n] + beta grad E[1/n], for R falls by beta log pi."""
     logits, ref, reward = random_problem(seed)
     r, weight = objective(logits, ref, reward), token_weights(MASK, "length").double()
-    per_token = gradient_of(lambda x: (chance(x) * r / LENGTH).sum(), logits)
-    got = expected_gradient(logits, baselines.none(r[GROUPS]), weight)
-    torch.testing.assert_close(got, per_token, rtol=0, atol=1e-7)
-    mean = (probability(logits) * r).sum()
+    per_token = gradient_of(lambda x: (chance(x) * moving(x, ref, reward) / LENGTH).sum(), logits)
     inverse = gradient_of(lambda x: (chance(x) / LENGTH).sum(), logits)
+    got = expected_gradient(logits, baselines.none(r[GROUPS]), weight)
+    torch.testing.assert_close(got, per_token + BETA * inverse, rtol=0, atol=1e-7)
+    mean = (probability(logits) * r).sum()
     got = expected_gradient(logits, baselines.rloo(r[GROUPS]), weight)
-    torch.testing.assert_close(got, per_token - mean * inverse, rtol=0, atol=1e-7)
+    torch.testing.assert_close(got, per_token - (mean - BETA) * inverse, rtol=0, atol=1e-7)
     assert cosine(got, true_gradient(logits, ref, reward)) < 0.999
 
 
@@ -117,15 +132,17 @@ def test_token_norm_is_exact_for_equal_lengths_and_nears_the_truth_otherwise():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dropping_unfinished_responses_follows_another_objective_exactly(seed):
-    """rloo: P(two or more of a group finish) * grad E[R | finished]; none: P(one or more) / P(finished) * grad E[R 1{finished}]."""
+    """rloo: P(two or more of a group finish) (grad E[R | finished] + beta grad log P(finished)), none:
+    P(one or more) / P(finished) (grad E[R 1{finished}] + beta grad P(finished)).
+    """
     logits, ref, reward = random_problem(seed)
     r = objective(logits, ref, reward)
     valid, p = ENDED, (probability(logits) * FINISHED).sum()
     at_least = [sum(probability(logits)[GROUPS].prod(1) * (valid.sum(1) >= n)).item() for n in range(3)]
-    given = gradient_of(lambda x: (chance(x) * FINISHED * r).sum() / (chance(x) * FINISHED).sum(), logits)
+    given = given_finished(logits, ref, reward)
     got = with_norm(logits, baselines.rloo(r[GROUPS], valid), "sequence", "drop")
     torch.testing.assert_close(got, given * at_least[2], rtol=0, atol=1e-12)
-    joint = gradient_of(lambda x: (chance(x) * FINISHED * r).sum(), logits)
+    joint = gradient_of(lambda x: (chance(x) * FINISHED * (moving(x, ref, reward) + BETA)).sum(), logits)
     got = with_norm(logits, baselines.none(r[GROUPS], valid), "sequence", "drop")
     torch.testing.assert_close(got, joint * at_least[1] / p, rtol=0, atol=1e-12)
     for other in (given, joint):
@@ -287,7 +304,7 @@ def test_the_clipped_ratio_bounds_a_later_optimizer_step_and_does_not_correct_it
 
 @pytest.mark.parametrize("kind", ["unfinished", "refused"])
 def test_with_two_prompts_rows_that_are_left_out_also_make_their_prompt_weigh_less(kind):
-    """rloo follows w_x * grad E[R_x | counted], w_x = E[n_x 1{n_x >= 2} / N], N the counted rows of both; K = 2.
+    """rloo: w_x (grad E[R_x | counted] + beta grad log P(counted)), w_x = E[n_x 1{n_x >= 2} / N], N the counted rows of both; K = 2.
 
     Refused rows are left out by the same rule, with a reward of NaN.
     """
@@ -301,7 +318,7 @@ def test_with_two_prompts_rows_that_are_left_out_also_make_their_prompt_weigh_le
         p = (probability(logits) * FINISHED).sum().item()
         shares.append(p)
         counts.append([(1 - p) ** 2, 2 * p * (1 - p), p * p])
-        given.append(gradient_of(lambda x, r=r: (chance(x) * FINISHED * r).sum() / (chance(x) * FINISHED).sum(), logits))
+        given.append(given_finished(logits, ref, reward))
         rows = torch.where(valid, r[groups], torch.nan) if kind == "refused" else r[groups]
         advantage = baselines.rloo(rows, valid)  # (N^2, 2)
         other = counts[0] if len(counts) == 2 else None

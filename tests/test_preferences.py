@@ -152,3 +152,14 @@ def test_a_folder_in_hub_layout_is_read_through_datasets(tmp_path):
 def test_a_file_with_no_usable_pair_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no usable pairs in it"):
         read_pairs(save(tmp_path / "p.jsonl", [pair("same", "same", "a")]), "--pairs")
+
+
+def test_a_prompt_that_both_replies_repeat_counts_once():
+    """As lists it is known which part it is; of three texts nobody knows, and the policy would learn to repeat the question."""
+    hi = {"role": "user", "content": "Hi"}
+    sides = {name: [hi, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    assert parse_pair({"prompt": [hi], **sides}).prompt == parse_pair(sides).prompt == [hi]
+    assert parse_pair({"prompt": [hi], **{name: said[1:] for name, said in sides.items()}}).prompt == [hi]
+    with pytest.raises(BadLineError, match='"chosen" begins with the whole "prompt"'):
+        parse_pair({"prompt": "Q: How much is 2+2? A:", "chosen": "Q: How much is 2+2? A: 4", "rejected": "5"})
+    assert parse_pair({"prompt": "Hi", "chosen": "Hi there!", "rejected": "What?"}).chosen == "Hi there!"

@@ -92,7 +92,7 @@ def test_a_column_is_named_by_a_key_and_a_wrong_name_is_answered_with_those_that
     path = write(tmp_path / "p.csv", CSV)
     assert 'line 2: no "prompt", "text", "messages" or "chosen"; it has "question", "answer": --prompt-key' in refused(path)
     assert 'no "q"; it has "question", "answer": --prompt-key' in refused(path, prompt_key="q")
-    assert 'no "a" (--label-key), or null; it has "question", "answer"' in refused(path, prompt_key="question", label_key="a")
+    assert 'no "a" (--label-key), null or empty; it has "question", "answer"' in refused(path, prompt_key="question", label_key="a")
     both = write(tmp_path / "both.jsonl", '{"prompt": "x", "text": "y"}\n')
     assert '"prompt" and "text" in one record: --prompt-key' in refused(both)
     assert read(both, prompt_key="text") == [{"prompt": "y"}]

@@ -26,6 +26,7 @@ from reinforce.text import is_chat
 DIALOGUE = "\n\nHuman:"  # how HH-RLHF's text begins
 ROLES = {"Human": "user", "Assistant": "assistant"}
 Messages = list[dict[str, str]]
+GREETING = 20  # characters that a reply may begin with as its prompt does: "Hi", say
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,15 @@ def side(record: dict[str, Any], key: str) -> Messages:
     if prompt is None:
         return conversation(reply)
     if is_chat(prompt) and is_chat(reply):
-        return conversation([*prompt, *reply])
+        once_more = reply[: len(prompt)] == prompt
+        return conversation(reply if once_more else [*prompt, *reply])
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(reply, str | list):
         raise BadLineError(f'"prompt" and "{key}" must be texts, or lists of {{"role", "content"}}')
     if isinstance(reply, str) and not reply.startswith(DIALOGUE):
         if prompt.startswith(DIALOGUE):
             return conversation(prompt + reply)
+        if len(prompt) > GREETING and reply.strip().startswith(prompt.strip()):
+            raise BadLineError(f'"{key}" begins with the whole "prompt"; give the reply alone')
         reply = [{"role": "assistant", "content": reply.strip()}]
     if isinstance(reply, list) and is_chat(reply) and reply[0]["role"] == "assistant":
         return conversation([{"role": "user", "content": prompt.strip()}, *reply])
@@ -89,6 +93,14 @@ def side(record: dict[str, Any], key: str) -> Messages:
     if not any(text in prompt or prompt.strip() in text for text in asked if text):
         raise BadLineError(f'"prompt" is not in "{key}", which has a prompt of its own')
     return whole
+
+
+def flaw_of_reply(messages: Messages) -> str | None:
+    """Why the last message is no reply to learn from; None if it is one."""
+    reply = messages[-1]["content"]
+    if re.search(r"\n\n(Human|Assistant):", reply):
+        return "a reply in two turns, so it is unclear where the prompt ends"
+    return None if reply.strip() else "an empty reply"
 
 
 def parse_pair(record: Any) -> Preference:
@@ -100,13 +112,9 @@ def parse_pair(record: Any) -> Preference:
     chosen, rejected = side(record, "chosen"), side(record, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise UnusablePairError("replies to different prompts")
-    if any(
-        re.search(r"\n\n(Human|Assistant):", messages[-1]["content"])
-        for messages in (chosen, rejected)
-    ):
-        raise UnusablePairError("a reply in two turns, so it is unclear where the prompt ends")
-    if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
-        raise UnusablePairError("an empty reply")
+    for messages in (chosen, rejected):
+        if flaw := flaw_of_reply(messages):
+            raise UnusablePairError(flaw)
     if chosen[-1] == rejected[-1]:
         raise UnusablePairError("twice the same reply")
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
