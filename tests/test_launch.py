@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, environment
@@ -396,6 +397,38 @@ def test_a_folder_is_made_once_and_only_whole(tmp_path, monkeypatch):
     job.make(tmp_path / "w/sft", "recipes/sft.py")
     job.make(tmp_path / "w/sft", "recipes/sft.py")
     assert (tmp_path / "w/sft").is_dir() and len(results) == 2
+
+
+def test_two_launchers_may_make_the_same_folder(tmp_path):
+    job = launch_.Job.__new__(launch_.Job)
+
+    def run(script, *words):
+        for folder in (Path(words[-1]), tmp_path / "sft"):  # the other one is faster
+            folder.mkdir()
+            (folder / "file").touch()
+
+    job.run = run
+    job.make(tmp_path / "sft", "recipes/sft.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+
+
+def test_a_signal_that_comes_while_the_trainer_starts_is_passed_on(tmp_path, monkeypatch):
+    """It would otherwise wait for a trainer that nobody has told, and kill it eleven minutes later."""
+    job = launch_.Job.__new__(launch_.Job)
+    job.folder, job.hetjob, job.processes, job.address, job.python = tmp_path, None, "1", ("h", "1"), sys.executable
+    job.signals = SimpleNamespace(first=None, trainer=None, told=[], raise_if_any=lambda doing: None)
+    job.signals.tell_trainer = job.signals.told.append
+    job.watch = lambda trainer: None
+    job.conclude = lambda code, before: None
+
+    def started(command):
+        job.signals.first = "SIGTERM"
+        return SimpleNamespace(code=0)
+
+    monkeypatch.setattr(launch_, "Child", started)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    job.train()
+    assert job.signals.told == ["SIGTERM"]
 
 
 def test_the_hh_recipe_takes_its_flags_from_anywhere():

@@ -310,6 +310,13 @@ def test_a_run_on_the_toy_s_policy_is_judged_by_the_toy_s_reward_only_if_that_tr
                 evaluate.settings_of(config, stack)
 
 
+def test_a_win_on_every_prompt_is_no_certainty():
+    """A bootstrap of equal values has no width; Wilson's interval has, and ties are half a win."""
+    lost, won = (evaluate.Group(0, "p", ["r"], [reward], None, [reward], [True], [3], [True], [0.0]) for reward in (0.0, 1.0))
+    assert evaluate.compare([lost] * 16, [won] * 16)["win_rate"]["interval"] == pytest.approx((0.806, 1.0), abs=1e-3)
+    assert evaluate.compare([lost] * 16, [lost] * 16)["win_rate"]["mean"] == 0.5
+
+
 def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
     group = evaluate.Group(
         0, "</script><b>", ["</script><script>alert(1)</script>"], [1.0], None, [1.0], [True], [3], [True], [0.0]

@@ -27,6 +27,7 @@ import fcntl
 import importlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from reinforce.run.children import (  # noqa: E402
     Signals,
     adopt_orphans,
     end_orphans,
+    exists,
     last_lines,
     say,
     wait_for,
@@ -118,7 +120,11 @@ class Job:
             print(f"== {folder.name}: there already, {folder}", flush=True)
             return
         print(f"== {folder.name}", flush=True)
-        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        here = f".{folder.name}-{platform.node()}-"  # two launchers may make it at the same time
+        for left in folder.parent.glob(f"{here}*"):
+            if not exists(int(left.name[len(here) :])):  # of one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        partial = folder.with_name(f"{here}{os.getpid()}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.run(script, *words, "--out", partial)
