@@ -16,12 +16,13 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from reinforce.data.preferences import Preference, read_pairs, split_by_opening  # noqa: E402
+from reinforce.data.preferences import Preference, opening, read_pairs, split_by_opening  # noqa: E402
 from reinforce.errors import ConfigError  # noqa: E402
 from reinforce.run.exits import run  # noqa: E402
 
@@ -51,10 +52,16 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
         print(f"{source}: {count} {reason}", file=sys.stderr)
     train, test = split_by_opening(pairs, HELD_OUT)
     count = min(VALIDATION, len(train) // 10)
-    train, validation = train[: len(train) - count], train[len(train) - count :]
-    sizes = f"{len(train)} pairs to train on, {count} for validation, {len(test)} held out"
-    print(f"{source}: {sizes}", file=sys.stderr)
-    if not validation or not test:
+    many = Counter(map(opening, train))
+    seen: set[str] = set()  # the last openings, of as many pairs as it takes
+    for pair in reversed(train):
+        if sum(many[one] for one in seen) < count:
+            seen.add(opening(pair))
+    validation = [pair for pair in train if opening(pair) in seen]
+    train = [pair for pair in train if opening(pair) not in seen]
+    sizes = f"{len(validation)} for validation, {len(test)} held out"
+    print(f"{source}: {len(train)} pairs to train on, {sizes}", file=sys.stderr)
+    if not train or not validation or not test:
         raise ConfigError(
             f"{source}: too few pairs, or too few different openings, to hold some out"
         )

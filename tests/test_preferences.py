@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from recipes import hh
 from reinforce.data.preferences import parse_dialogue, parse_pair, read_pairs, split_by_opening
 from reinforce.data.prompts import check_record
 from reinforce.data.records import BadLineError, read_records
@@ -163,3 +164,18 @@ def test_a_prompt_that_both_replies_repeat_counts_once():
     with pytest.raises(BadLineError, match='"chosen" begins with the whole "prompt"'):
         parse_pair({"prompt": "Q: How much is 2+2? A:", "chosen": "Q: How much is 2+2? A: 4", "rejected": "5"})
     assert parse_pair({"prompt": "Hi", "chosen": "Hi there!", "rejected": "What?"}).chosen == "Hi there!"
+
+
+def test_the_three_parts_of_the_hh_recipe_share_no_opening(tmp_path, monkeypatch):
+    openings = [f"question {i % 40}" for i in range(400)]
+    pairs = [
+        {name: f"\n\nHuman: {text}\n\nAssistant: {name} {i}" for name in ("chosen", "rejected")} for i, text in enumerate(openings)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.setattr(hh, "ROOT", tmp_path)
+    folder = hh.prepare(str(tmp_path / "pairs.jsonl"))
+    parts = [
+        {json.loads(line)["prompt"][0]["content"] for line in (folder / f"{name}.jsonl").open()}
+        for name in ("train", "validation", "test")
+    ]
+    assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])

@@ -149,21 +149,23 @@ def read_pairs(
     return pairs, dict(odd)
 
 
+def opening(pair: Preference) -> str:
+    """What opens a conversation: its first message after the system's."""
+    first = next(m["content"] for m in pair.prompt if m["role"] != "system")
+    return " ".join(first.lower().split())
+
+
 def split_by_opening(
     pairs: Sequence[Preference], share: float, seed: int = 0
 ) -> tuple[list[Preference], list[Preference]]:
     """Pairs to train on, and pairs held out, about `share` of all.
 
-    Conversations that open alike are on the same side.
-    What opens a conversation is its first message after the system's.
-    The side is a function of the opening message and the seed alone, so it is the same in every
-    file.
+    Conversations that open alike are on the same side. The side is a function of the opening and
+    the seed alone, so it is the same in every file.
     """
     train: list[Preference] = []
     held_out: list[Preference] = []
     for pair in pairs:
-        first = next(m["content"] for m in pair.prompt if m["role"] != "system")
-        opening = " ".join(first.lower().split())
-        digest = hashlib.blake2b(f"{seed}/{opening}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed}/{opening(pair)}".encode(), digest_size=8).digest()
         (held_out if int.from_bytes(digest, "big") < share * 2**64 else train).append(pair)
     return train, held_out
