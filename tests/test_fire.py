@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
-from live import ask, connect, query, read_reply, rewards, until
+from live import ask, until
 from test_client import INFO, client, good, reply
 from test_server import serving
 
 from reinforce.errors import ConfigError
-from reinforce.rm_client import RefusedError
+from reinforce.rm_client import RefusedError, RewardClient
 from reinforce.rm_connection import RewardError, read_token
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.handler import RewardServer
@@ -110,16 +110,17 @@ def test_more_connections_than_files_leave_the_server_and_its_clients_alive(tmp_
     try:
         until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
         port = int((tmp_path / "ready").read_text().split()[1])
-        with contextlib.ExitStack() as held, connect(port) as mine:
+        mine = RewardClient("127.0.0.1", port)
+        mine.connect()
+        with contextlib.ExitStack() as held:
             for _ in range(400):
                 s = held.enter_context(socket.socket())
                 s.setblocking(False)
                 s.connect_ex(("127.0.0.1", port))
-            mine.sendall(query("a"))
-            assert rewards(read_reply(mine)) == [1.0]
-            time.sleep(1.5)
-            for _ in range(3):  # they have been idle long enough to give way
-                assert rewards(ask(port, query("a"))) == [1.0]
+            for _ in range(5):  # by a try or a few: after a second the idle ones give way
+                assert mine.rewards(query=["a"]) == [1.0]
+                time.sleep(0.3)
+        assert started.poll() is None
     finally:
         started.kill()
         started.wait()

@@ -257,12 +257,13 @@ def test_only_as_many_characters_are_tokenized_as_the_last_tokens_may_need():
 
     def cut(text, longest=4):
         asked.clear()
-        return last_tokens(Text(text, None, None, None, None, True), longest, ids_of)
+        return last_tokens(Text(text, None, None, None, None, True), longest, ids_of, frozenset([ord("<")]))
 
     assert cut("abcdef" * 100_000) == ([ord(c) for c in "cdef"], True) and asked == [64]
     assert cut("abcd") == ([ord(c) for c in "abcd"], False) and asked == [4]
     assert cut("abc" + " " * 500) == ([ord(c) for c in "abc"], False), "spaces are no tokens here: more characters are taken"
     assert asked == [64, 256, 503]
+    assert cut("<abcdef") == ([ord(c) for c in "<def"], True), "a begin token stays"
     with pytest.raises(ValueError, match="empty"):
         cut("   ")
 
