@@ -228,7 +228,7 @@ def load_policy(
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    largest = max([len(tokenizer) - 1, *tokenizer.get_vocab().values()])
     if largest >= rows:
         raise ConfigError(
             f"{flag} {name}: the tokenizer has ids up to {largest}, the model {rows} tokens; "
