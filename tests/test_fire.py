@@ -3,8 +3,6 @@
 import contextlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,8 +10,7 @@ import live
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
-from live import ask, until
+from live import ask
 from test_client import INFO, client, good, reply
 from test_server import serving
 
@@ -102,14 +99,8 @@ def test_more_connections_than_files_leave_the_server_and_its_clients_alive(tmp_
     (tmp_path / "f.py").write_text(
         "def f(prompts, completions, labels):\n    open(__file__).close()\n    return [1.0] * len(prompts)\n"
     )
-    code = (
-        "import resource, sys, serve_rm\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
-        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
-    )
-    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
-    try:
-        until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
-        port = int((tmp_path / "ready").read_text().split()[1])
+    few = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", before=few) as (_, port, started):
         mine = RewardClient("127.0.0.1", port)
         mine.connect()
         with contextlib.ExitStack() as held:
@@ -121,9 +112,6 @@ def test_more_connections_than_files_leave_the_server_and_its_clients_alive(tmp_
                 assert mine.rewards(query=["a"]) == [1.0]
                 time.sleep(0.3)
         assert started.poll() is None
-    finally:
-        started.kill()
-        started.wait()
 
 
 def test_an_id_goes_back_only_if_it_is_short(tmp_path):

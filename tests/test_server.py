@@ -37,12 +37,13 @@ def broken(prompts, completions, labels):
 
 
 @contextlib.contextmanager
-def serving(tmp_path, *flags, **extra):
-    """A running server; yields (host, port, process)."""
+def serving(tmp_path, *flags, before="", **extra):
+    """A running server; yields (host, port, process). `before` is code that its process runs first."""
     ready = tmp_path / f"ready-{time.monotonic_ns()}"
-    command = [sys.executable, str(ROOT / "serve_rm.py"), "--ready-file", str(ready), *map(str, flags)]
+    main = ["-c", f"import serve_rm\n{before}\nserve_rm.main()"] if before else [str(ROOT / "serve_rm.py")]
+    command = [sys.executable, *main, "--ready-file", str(ready), *map(str, flags)]
     with (tmp_path / "server.log").open("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment(**extra))
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT if before else None, env=environment(**extra))
         try:
             end = time.monotonic() + 60
             while not ready.exists():

@@ -80,26 +80,15 @@ def f(prompts, completions, labels):
 
 def test_a_reward_function_may_use_a_fork_pool_and_signal_alarm_and_one_that_hangs_ends_the_process(tmp_path):
     (tmp_path / "f.py").write_text(FUNCTION)
-    code = (
-        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.HANG_SECONDS = 2.0\n"
-        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
-    )
-    with (tmp_path / "log").open("w+") as log:
-        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=log, stderr=log)
-        try:
-            until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
-            port = int((tmp_path / "ready").read_text().split()[1])
-            for _ in range(3):
-                assert rewards(ask(port, query("abc", "de"))) == [9.0, 4.0]
-            assert started.poll() is None, "the end of the pool's processes is not ours"
-            hung = connect(port)
+    soon = "from reinforce.serving import watch\nwatch.HANG_SECONDS = 2.0"
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", before=soon) as (_, port, started):
+        for _ in range(3):
+            assert rewards(ask(port, query("abc", "de"))) == [9.0, 4.0]
+        assert started.poll() is None, "the end of the pool's processes is not ours"
+        with connect(port) as hung:
             hung.sendall(query("hang"))
-            assert started.wait(30) == 70, (tmp_path / "log").read_text()
-            hung.close()
-        finally:
-            started.kill()
-            started.wait()
-    assert "a forward took over 2 s" in (tmp_path / "log").read_text()
+            assert started.wait(30) == 70, (tmp_path / "server.log").read_text()
+    assert "a forward took over 2 s" in (tmp_path / "server.log").read_text()
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", port))
@@ -250,14 +239,8 @@ def test_a_server_that_was_suspended_goes_on(tmp_path, asleep):
     (tmp_path / "f.py").write_text(
         "import time\ndef f(prompts, completions, labels):\n    time.sleep(2.0 if 'slow' in completions else 0.0)\n    return [1.0] * len(prompts)\n"
     )
-    code = (
-        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.HANG_SECONDS = 3.0\n"
-        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
-    )
-    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
-    try:
-        until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
-        port = int((tmp_path / "ready").read_text().split()[1])
+    soon = "from reinforce.serving import watch\nwatch.HANG_SECONDS = 3.0"
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", before=soon) as (_, port, started):
         with connect(port) as connection:
             connection.sendall(query("slow" if asleep == "at work" else "fast"))
             time.sleep(0.5)
@@ -266,9 +249,6 @@ def test_a_server_that_was_suspended_goes_on(tmp_path, asleep):
             started.send_signal(signal.SIGCONT)
             assert rewards(read_reply(connection)) == [1.0]
         assert rewards(ask(port, query("fast"))) == [1.0]
-    finally:
-        started.kill()
-        started.wait()
 
 
 def test_a_function_that_keeps_the_interpreter_to_itself_ends_the_process(tmp_path):
@@ -276,18 +256,8 @@ def test_a_function_that_keeps_the_interpreter_to_itself_ends_the_process(tmp_pa
     (tmp_path / "f.py").write_text(
         "import re\ndef f(prompts, completions, labels):\n    return [float(bool(re.match('(a+)+b', c))) for c in completions]\n"
     )
-    code = (
-        "import sys, serve_rm\nfrom reinforce.serving import watch\nwatch.LOCKED_SECONDS = 2.0\n"
-        f"sys.argv[1:] = ['--reward-fn', {str(tmp_path / 'f.py') + ':f'!r}, '--ready-file', {str(tmp_path / 'ready')!r}]\nserve_rm.main()\n"
-    )
-    with (tmp_path / "log").open("w+") as log:
-        started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stderr=log)
-        try:
-            until(lambda: (tmp_path / "ready").exists() or started.poll() is not None, 60)
-            with connect(int((tmp_path / "ready").read_text().split()[1])) as connection:
-                connection.sendall(query("a" * 40))
-                assert started.wait(30) == -signal.SIGPROF
-        finally:
-            started.kill()
-            started.wait()
-    assert "f.py" in (tmp_path / "log").read_text()
+    soon = "from reinforce.serving import watch\nwatch.LOCKED_SECONDS = 2.0"
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", before=soon) as (_, port, started), connect(port) as connection:
+        connection.sendall(query("a" * 40))
+        assert started.wait(30) == -signal.SIGPROF
+    assert "f.py" in (tmp_path / "server.log").read_text()
