@@ -470,7 +470,7 @@ def test_prompts_that_draw_other_numbers_or_reach_the_reward_in_another_form_are
     own = [*flags, "--train-data", tmp_path / "train.jsonl"]
     go(own, tmp_path / "run", 1)
     (tmp_path / "train.jsonl").write_text(prompts)
-    assert "holds another run: rows was" in go(own, tmp_path / "run", 2, code=2)
+    assert "holds another run: prompt_lines was" in go(own, tmp_path / "run", 2, code=2)
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def checkpoints_of(run: Path) -> list[Path]:
             return []
         raise ConfigError(f"{parent}: cannot be listed ({error.strerror})") from error
     # and no copy that a user has made beside them
-    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name))
-    return [parent / f"step-{step:06d}" for step in steps]
+    ours = [name for name in names if re.fullmatch(r"step-\d+", name)]
+    return [parent / name for name in sorted(ours, key=lambda name: int(name[5:]))]
 
 
 def point_latest(folder: Path) -> None:

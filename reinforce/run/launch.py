@@ -122,7 +122,8 @@ class Job:
         print(f"== {folder.name}", flush=True)
         here = f".{folder.name}-{platform.node()}-"  # two launchers may make it at the same time
         for left in folder.parent.glob(f"{here}*"):
-            if not exists(int(left.name[len(here) :])):  # of one that was killed
+            pid = left.name[len(here) :]
+            if pid.isdigit() and not exists(int(pid)):  # of one that was killed
                 shutil.rmtree(left, ignore_errors=True)
         partial = folder.with_name(f"{here}{os.getpid()}")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def check_identity(run: Path, current: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        younger = {**identity(TrainConfig()), "rows": current.get("rows")}
+        younger = {**identity(TrainConfig()), "prompt_lines": current.get("prompt_lines")}
         recorded = {**younger, **json.loads(path.read_text())}
         before = canonical(recorded)
     except (ValueError, TypeError) as error:

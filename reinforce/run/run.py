@@ -120,6 +120,7 @@ class Run:
         The model was loaded from it.
         """
         self._optimizer, self._baseline = optimizer, baseline
+        self._baseline_state = self._start.baseline  # after the last finished step
         if self._start.folder is not None:
             checkpoint.restore(self._start.folder, self._actor.model, optimizer)
             baseline.restore(self._start.baseline)

@@ -83,7 +83,9 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         end_ids=inputs.end_ids,
         prompts=resume.digest([[p.ids, p.text, p.label] for p in data.prompts]),
         held_out=resume.digest([[p.ids, p.text, p.label] for p in data.held_out]),
-        rows=resume.digest([[p.index, p.messages] for p in [*data.prompts, *data.held_out]]),
+        prompt_lines=resume.digest(
+            [[p.index, p.messages] for p in [*data.prompts, *data.held_out]]
+        ),
         total_steps=None if constant else total,
     )
 
