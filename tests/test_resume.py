@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from reinforce.errors import ConfigError, FailedError, RetryError, StoppedError
 from reinforce.rm_client import RewardClient
-from reinforce.run import checkpoint, launch, resume
+from reinforce.run import checkpoint, resume
 from reinforce.run import folder as run_folders
 from reinforce.run.config import TrainConfig
 from reinforce.run.folder import claimed
@@ -432,13 +432,6 @@ def test_a_baseline_that_fails_leaves_the_state_of_the_last_finished_step(flags,
     go(own, tmp_path / "run", 4)
 
 
-def test_a_run_keeps_to_its_folder_when_the_link_that_named_it_moves(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "latest").symlink_to("a")
-    link = str(tmp_path / "latest")
-    assert run_folders.log_dir_of(["--log-dir", link]) == run_folders.new_run_folder(link, "x") == (tmp_path / "a").resolve()
-
-
 def test_checkpoints_that_cannot_be_listed_are_no_reason_to_begin_again(six, tmp_path):
     """Their disk is not mounted, say; the logs of the run would be emptied."""
     flags, _ = six
@@ -451,15 +444,6 @@ def test_checkpoints_that_cannot_be_listed_are_no_reason_to_begin_again(six, tmp
     (run / "checkpoints").unlink()
     (run / "checkpoints").symlink_to(tmp_path / "disk")
     assert "going on after step 2" in go(flags, run, 3)
-
-
-def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path):
-    for step in (999_999, 1_000_001, 1_000_000):
-        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
-    (tmp_path / "checkpoints/step-best").mkdir()
-    found = [folder.name for folder in run_folders.checkpoints_of(tmp_path)]
-    assert found == ["step-999999", "step-1000000", "step-1000001"]
-    assert launch.newest_checkpoint(tmp_path) == "step-1000001"
 
 
 def test_prompts_that_draw_other_numbers_or_reach_the_reward_in_another_form_are_another_run(six, small, tmp_path):
@@ -489,14 +473,6 @@ def test_a_run_whose_reader_has_left_saves_when_it_is_stopped(flags, tmp_path, s
     started.wait(60)
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 75
     assert checkpoint.checkpoints_of(tmp_path / "run")[-1].name == f"step-{len(metrics(tmp_path / 'run')):06d}"
-
-
-def test_asking_for_help_touches_no_run(tmp_path):
-    (tmp_path / "exit.json").write_text("{}")
-    (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "identity.json").write_text("{}")
-    assert script("train.py", "--log-dir", tmp_path, "--help").returncode == 0 and (tmp_path / "exit.json").exists()
-    assert "--log-dir is empty" in script("train.py", "--log-dir", "").stdout
 
 
 def test_a_stopping_run_does_not_wait_for_a_dead_server():
