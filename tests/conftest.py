@@ -105,6 +105,19 @@ def flags(small, server_port):
     return small_flags(small, server_port)
 
 
+@pytest.fixture(scope="session")
+def six(small, server_port, tmp_path_factory):
+    """Six steps in one go, two epochs of three, with --baseline ema; and the flags."""
+    from same_run import go
+
+    place = tmp_path_factory.mktemp("six")
+    flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--val-data", small / "train.jsonl",
+             "--rm-host", "127.0.0.1", "--rm-port", server_port, "--num-rollout-samples", "7", "--num-rollouts-per-prompt", "2",
+             "--max-new-tokens", "8", "--val-check-interval", "1", "--save-interval", "1", "--save-top-k", "9", "--baseline", "ema"]  # fmt: skip
+    go(flags, place / "run", 6)
+    return flags, place / "run"
+
+
 @pytest.fixture
 def server():
     """Scripted reward servers, closed when the test has ended."""

@@ -88,7 +88,7 @@ def test_answers_of_another_shape_end_the_run_at_once(server, rewards):
     assert len(s.posts) == 1
 
 
-@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"3.5e38", b"-1e300"])
 def test_numbers_that_are_not_finite_end_the_run(server, value):
     with pytest.raises(RewardError, match="not a finite number"):
         client(server(reply(b'{"rewards": [1.0, %s]}' % value))).rewards(query=["a", "b"])

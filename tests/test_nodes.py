@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, environment, metrics, small_flags, torchrun
-from test_resume import assert_same
+from same_run import assert_same
 
 from reinforce.run import checkpoint
 

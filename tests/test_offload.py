@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_flags, tiny_llama, train_here
 from safetensors.torch import load_file
-from test_resume import assert_same
+from same_run import assert_same
 
 from reinforce.optim import adamw, clip
 from reinforce.run import checkpoint, offload

@@ -29,7 +29,7 @@ WHOLE = {  # as it stands, under -m slow
     "./launch.sh --initial-policy-kl-penalty 0\n": "a run of a minute; its like is in test_end_to_end.py",
     "./launch.sh smollm2": "ten minutes, and packages that requirements.txt does not hold",
     "./launch.sh compare": "thirty runs; test_recipes.py makes a small comparison",
-    "torchrun train.py --log-dir runs/long": "waits for a time limit; test_resume.py",
+    "torchrun train.py --log-dir runs/long": "waits for a time limit; test_stop.py",
 }
 SHORT = {  # with two steps, under -m slow
     "./launch.sh\n": "test_end_to_end.py starts it, and makes more steps",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, script, small_flags, tiny_gpt2, tiny_llama, torchrun
 from safetensors.torch import load_file, save_file
-from test_resume import assert_same
+from same_run import assert_same
 
 from reinforce.run import shards
 

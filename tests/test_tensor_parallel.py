@@ -10,8 +10,8 @@ import pytest
 import split_probe
 import torch
 from conftest import ROOT, environment, metrics, script, split_models, torchrun, train_here
+from same_run import assert_same, untimed, wait_for
 from tensor_probe import VARIANTS
-from test_resume import assert_same, untimed, wait_for
 from test_server import serving
 from test_split import errors, initial
 from transformers import GPT2Config, LlamaConfig
