@@ -17,6 +17,7 @@ and KL as a loss term: what is left is unbiased.
 
 import reinforce.prerequisites  # noqa: F401  # isort: skip
 
+import dataclasses
 import faulthandler
 import sys
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def train(actor: Actor, data: Data, run: Run) -> None:
 
 def start(life: exits.Life) -> None:
     """Check what can be wrong, cheapest first; then load the models and run the loop."""
-    given = parse(TrainConfig, __doc__)
+    given = dataclasses.replace(parse(TrainConfig, __doc__), log_dir=life.log_dir)
     begun = setup.begin(given)
     config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)

@@ -75,7 +75,10 @@ def prepare(source: str, skip_bad_lines: bool = False) -> Path:
     partial.mkdir(parents=True)
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         write(partial / f"{name}.jsonl", part)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process has just made it
+        shutil.rmtree(partial)
     return folder
 
 

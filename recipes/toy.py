@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from recipes import sft, train_rm  # noqa: E402
 from recipes.fit import Plan  # noqa: E402
 from reinforce.policy import load_policy  # noqa: E402
-from reinforce.run import checkpoint, distributed  # noqa: E402
+from reinforce.run import checkpoint, distributed, exits  # noqa: E402
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig  # noqa: E402
 from reinforce.sampler import Sampling, row_seed, sample  # noqa: E402
 
@@ -354,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exits.run(main, name="recipes/toy.py"))

@@ -131,7 +131,8 @@ class Scorer(nn.Module):
 
         A sharded model is entered through here or through `forward`.
         """
-        return self.model(**inputs)
+        with torch.inference_mode():  # no_grad, and no bookkeeping of views and versions either
+            return self.model(**inputs)
 
     def _token_logp(
         self, head: Callable[[Tensor], Tensor], states: Tensor, token: Tensor, t: Tensor

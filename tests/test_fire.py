@@ -256,7 +256,7 @@ def test_the_kind_of_authorization_is_read_in_any_case(cold):
 
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0], (1, 2), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).numpy(), [True, 2],
-                                    [torch.tensor(1.0), torch.tensor([2.0])], np.array([1, 2.0], object), list(torch.tensor([1.0, 2.0]).numpy())])  # fmt: skip
+                                    [torch.tensor(1.0), torch.tensor([2.0])], [torch.tensor([[1.0]]), np.array([[2.0]])], np.array([1, 2.0], object), list(torch.tensor([1.0, 2.0]).numpy())])  # fmt: skip
 def test_a_reward_function_may_return_numbers_in_any_row(scores):
     assert numbers_of(scores, 2, "f.py:f") == [1.0, 2.0]
 

@@ -1,5 +1,6 @@
 """Which run a folder holds: a command that means another one is refused, with the difference."""
 
+import datetime
 import json
 import shutil
 
@@ -110,14 +111,17 @@ def test_a_run_that_began_with_other_defaults_goes_on_with_its_own(six, tmp_path
     assert "max_new_tokens was 8, is 9" in go([*bare, "--max-new-tokens", "9"], tmp_path / "run", 4, code=2)
 
 
+def test_a_digest_takes_what_a_table_may_hold_beside_text():
+    day = datetime.datetime(2024, 5, 1)
+    assert resume.digest([{"role": "user", "sent": day}]) != resume.digest([{"role": "user", "sent": day.replace(day=2)}])
+
+
 TODAY = "{% for m in messages %}on {{ strftime_now(format='%d') }} : {{ m.content }} {% endfor %}"
 
 
 def test_a_chat_template_that_prints_the_day_gives_the_same_prompts_when_the_run_goes_on_tomorrow(
     small, server_port, tmp_path, monkeypatch
 ):
-    import datetime
-
     policy = tmp_path / "policy"
     shutil.copytree(small / "policy", policy)
     (policy / "chat_template.jinja").write_text(TODAY)

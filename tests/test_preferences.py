@@ -161,7 +161,7 @@ def test_a_prompt_that_both_replies_repeat_counts_once():
     sides = {name: [hi, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     assert parse_pair({"prompt": [hi], **sides}).prompt == parse_pair(sides).prompt == [hi]
     assert parse_pair({"prompt": [hi], **{name: said[1:] for name, said in sides.items()}}).prompt == [hi]
-    with pytest.raises(BadLineError, match='"chosen" begins with the whole "prompt"'):
+    with pytest.raises(BadLineError, match='begins with its whole "prompt"'):
         parse_pair({"prompt": "Q: How much is 2+2? A:", "chosen": "Q: How much is 2+2? A: 4", "rejected": "5"})
     assert parse_pair({"prompt": "Hi", "chosen": "Hi there!", "rejected": "What?"}).chosen == "Hi there!"
 

@@ -160,6 +160,16 @@ def test_resume_must_and_never_do_what_they_say(six, tmp_path):
     assert resume.find_start(began, "auto") == resume.Start()  # a run of an older version, without a date
 
 
+def test_logs_that_were_removed_are_no_reason_not_to_go_on(six, tmp_path):
+    """A validation that is made up for looks for its step's line."""
+    flags, _ = six
+    go(flags, tmp_path / "run", 2)
+    for log in ("metrics.jsonl", "validation.jsonl"):
+        (tmp_path / "run" / log).write_text("")
+    assert "going on after step 2" in go(flags, tmp_path / "run", 3)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3]
+
+
 def test_a_finished_run_is_left_as_it_is(six, tmp_path):
     flags, right = six
     run = shutil.copytree(right, tmp_path / "run")

@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import script, train_here
+from conftest import metrics, script, train_here
 from same_run import go
 
 import train
 from reinforce.errors import ConfigError
+from reinforce.rm_client import RewardClient
 from reinforce.run import folder as run_folders
 from reinforce.run import launch
 
@@ -18,6 +19,26 @@ def test_a_run_keeps_to_its_folder_when_the_link_that_named_it_moves(tmp_path):
     (tmp_path / "latest").symlink_to("a")
     link = str(tmp_path / "latest")
     assert run_folders.log_dir_of(["--log-dir", link]) == run_folders.new_run_folder(link, "x") == (tmp_path / "a").resolve()
+
+
+def test_a_run_goes_on_where_the_link_led_when_it_began(flags, tmp_path, monkeypatch):
+    """Another command may begin, and the link move, while this one waits for its reward server."""
+    monkeypatch.chdir(tmp_path)
+    go(flags, tmp_path / "runs/a", 1)
+    go(flags, tmp_path / "runs/b", 2)
+    link = tmp_path / "runs/latest"
+    connect = RewardClient.connect
+
+    def move(self, wait):
+        link.unlink()
+        link.symlink_to("b")
+        connect(self, wait)
+
+    link.unlink()
+    link.symlink_to("a")
+    monkeypatch.setattr(RewardClient, "connect", move)
+    assert "going on after step 1" in go(flags, "runs/latest", 3)
+    assert [len(metrics(f"runs/{run}")) for run in "ab"] == [3, 2]
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path):

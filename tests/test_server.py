@@ -121,6 +121,7 @@ def test_info_health_and_metrics_tell_how_it_is(model_server):
 @pytest.mark.parametrize(("payload", "status"), [
     ({}, 400), ({"query": ["a"], "messages": []}, 400), ({"query": "a"}, 400), ({"query": [1]}, 400), ([], 400), ({"query": [["a"]]}, 400),
     ({"query": ["a"], "prompts": []}, 400), ({"query": ["a"], "finished": ["yes"]}, 400), ({"messages": [[]]}, 400),
+    ({"query": ["a"], "id": "\N{SNOWMAN}" * 256}, 200), ({"query": ["a"], "id": "a" * 257}, 400), ({"query": ["a"], "id": ["a" * 253]}, 400),
     ({"query": [""]}, 200), ({"query": []}, 200), ({"query": ["the crust"] * 1025}, 413),
     ({"messages": [[{"role": "user", "content": "hi"}]]}, 422),
 ])  # fmt: skip
@@ -141,6 +142,8 @@ def test_a_lone_surrogate_is_named_by_its_index(model_server):
 
 def test_paths_methods_and_types_that_do_not_exist(model_server):
     assert call(model_server, "GET", "/../../etc/passwd")[0] == 404
+    status, reply = call(model_server, "POST", "/reward", {"query": ["a" * 9000]})
+    assert status == 404 and "/get_reward" in reply["message"], "not that the body is too large"
     assert call(model_server, "GET", "/get_reward")[0] == 405
     assert call(model_server, "POST", "/health", {})[0] == 405
     assert call(model_server, "PUT", "/get_reward", {})[0] == 405

@@ -261,3 +261,20 @@ def test_a_function_that_keeps_the_interpreter_to_itself_ends_the_process(tmp_pa
         connection.sendall(query("a" * 40))
         assert started.wait(30) == -signal.SIGPROF
     assert "f.py" in (tmp_path / "server.log").read_text()
+
+
+@pytest.mark.parametrize(("limit", "code"), [("HANG_SECONDS = 3.0", 70), ("BLOCKED_SECONDS = 3.0", 1)])
+def test_a_function_that_keeps_the_interpreter_from_others_is_not_taken_for_a_suspended_server(tmp_path, limit, code):
+    """In pieces of two seconds that compute, and in one wait, of which no thread of Python and no processor knows."""
+    (tmp_path / "f.py").write_text(
+        "import ctypes, re\ndef f(prompts, completions, labels):\n"
+        "    if completions == ['wait']:\n        ctypes.PyDLL(None).sleep(60)\n"
+        "    for _ in range(99):\n        re.match('(a+)+b', 'a' * 26)\n    return [1.0]\n"
+    )
+    before = f"from reinforce.serving import watch\nwatch.{limit}"
+    with serving(tmp_path, "--reward-fn", f"{tmp_path}/f.py:f", before=before) as (_, port, started), connect(port) as connection:
+        connection.sendall(query("compute" if code == 70 else "wait"))
+        start = time.monotonic()
+        assert started.wait(30) == code
+        assert time.monotonic() - start < 15
+    assert "f.py" in (tmp_path / "server.log").read_text()

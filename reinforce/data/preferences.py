@@ -71,7 +71,10 @@ def conversation(value: Any) -> Messages:
 
 
 def side(record: dict[str, Any], key: str) -> Messages:
-    """The whole conversation of one side of a pair, "chosen" or "rejected". Raises BadLineError."""
+    """The whole conversation of one side of a pair, "chosen" or "rejected".
+
+    Raises BadLineError, or UnusablePairError if nothing can be learned from it.
+    """
     prompt, reply = record.get("prompt"), record[key]
     if prompt is None:
         return conversation(reply)
@@ -84,7 +87,7 @@ def side(record: dict[str, Any], key: str) -> Messages:
         if prompt.startswith(DIALOGUE):
             return conversation(prompt + reply)
         if len(prompt) > GREETING and reply.strip().startswith(prompt.strip()):
-            raise BadLineError(f'"{key}" begins with the whole "prompt"; give the reply alone')
+            raise UnusablePairError('a reply that begins with its whole "prompt"')
         reply = [{"role": "assistant", "content": reply.strip()}]
     if isinstance(reply, list) and is_chat(reply) and reply[0]["role"] == "assistant":
         return conversation([{"role": "user", "content": prompt.strip()}, *reply])

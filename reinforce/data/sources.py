@@ -126,8 +126,12 @@ def folder(name: str, config: str) -> Splits:
         ) from error
     files = {str(key): list(paths) for key, paths in builder.config.data_files.items()}
     read = {os.path.basename(path) for paths in files.values() for path in paths}
-    left = sorted(f for f in os.listdir(place) if ending(f) in ENDINGS and f not in read)
-    if left:
+    left = sorted(
+        f
+        for f in os.listdir(place)
+        if ending(f) in ENDINGS and f not in read and not f.startswith("dataset_info")
+    )
+    if left and not config and os.environ.get("RANK", "0") == "0":
         print(f"{name}: not read, of another form: {', '.join(left[:3])}", file=sys.stderr)
     if all(
         ending(path) in ENDINGS and os.path.isfile(path)

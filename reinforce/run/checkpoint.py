@@ -220,8 +220,8 @@ def newest(run: Path) -> Path | None:
         print(warning, file=sys.stderr, flush=True)
     if found:
         raise ConfigError(
-            f"--log-dir {run}: all of its checkpoints ({len(found)}) are damaged; move "
-            f"{run}/checkpoints away to start this run again from step 0"
+            f"{run}: all of its checkpoints ({len(found)}) are damaged; without {run}/checkpoints "
+            "train.py starts this run again from step 0"
         )
     return None
 

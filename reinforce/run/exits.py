@@ -108,9 +108,10 @@ def report_to_torchrun(reason: str) -> None:
 class Life:
     """What a process of a run has until it ends."""
 
-    def __init__(self) -> None:
-        """Take over the signals of this process."""
+    def __init__(self, log_dir: Path | None = None) -> None:
+        """Take over the signals of this process. `log_dir`: --log-dir, a link followed once."""
         self.stop = Stop()
+        self.log_dir = None if log_dir is None else str(log_dir)
         self._claimed: Path | None = None
         self.stack = ExitStack()  # what must be closed
         self.folder: Path | None = None  # where exit.json goes, once it is known
@@ -131,7 +132,7 @@ def run_in_folder(body: Callable[[Life], None]) -> int:
 
     def main() -> None:
         nonlocal folder
-        life = Life()
+        life = Life(given)
         with life.stack:
             if given is not None and distributed.rank() == 0:
                 life.claim(given)

@@ -50,7 +50,9 @@ class Recorder:
     def complete(self, step: int, val_reward: float) -> None:
         """Give the last line of metrics.jsonl, that of `step`, its validation reward."""
         path = self.folder / "metrics.jsonl"
-        *before, last = path.read_text().splitlines(keepends=True)
+        *before, last = path.read_text().splitlines(keepends=True) or [""]
+        if not last:  # the logs were removed
+            return
         metrics = json.loads(last)
         if metrics["step"] == step and "val_reward" not in metrics:
             partial = self.folder / f".metrics.{os.getpid()}"

@@ -250,8 +250,8 @@ def _bytes_up_to(step: int, lines: Iterable[bytes]) -> int:
 
 
 def digest(values: Sequence[Any]) -> str:
-    """A digest of JSON values, 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    """A digest of JSON values, 16 hexadecimal digits; of others, a table's times, of their text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def weights(policy: str) -> str:

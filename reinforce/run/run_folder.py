@@ -30,10 +30,6 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
         identity = identity_of(inputs)
         folder = new_run_folder(config.log_dir, name)
         resume.check_identity(folder, identity)
-        checkpoint.sweep(folder)
-        checkpoint.set_aside(folder, inputs.start.step)
-        resume.truncate_logs(folder, inputs.start.step)
-        resume.drop_part_of_validation(folder, len(inputs.data.held_out))
         facts = {
             **dataclasses.asdict(config),
             **_absolute(config),
@@ -47,6 +43,10 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
             partial = folder / f".config.{os.getpid()}"
             partial.write_text(json.dumps(facts, indent=2))
             partial.replace(folder / "config.json")
+            checkpoint.sweep(folder)
+            checkpoint.set_aside(folder, inputs.start.step)
+            resume.truncate_logs(folder, inputs.start.step)
+            resume.drop_part_of_validation(folder, len(inputs.data.held_out))
         except PermissionError as error:
             raise ConfigError(
                 f"{error.filename}: cannot be written ({error.strerror}); give another --log-dir"

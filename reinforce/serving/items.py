@@ -9,7 +9,7 @@ from reinforce.serving.http import HttpError, Request
 from reinforce.serving.protocol import parse_request
 from reinforce.serving.reward import Reward
 
-LONGEST_ID = 256  # characters of its JSON; it goes back with the rewards
+LONGEST_ID = 256  # characters, of what is no text those of its JSON; it goes back with the rewards
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ def read(reward: Reward, request: Request) -> Asked:
     """The items of a request for rewards. Raises HttpError."""
     wanted = read_json(request)
     texts = parse_request(wanted)
-    if len(json.dumps(wanted.get("id"))) > LONGEST_ID:
+    given = wanted.get("id")
+    if len(given if isinstance(given, str) else json.dumps(given)) > LONGEST_ID:
         raise HttpError(400, "bad_request", f"an id of more than {LONGEST_ID} characters")
     items, truncated = [], []
     for index, text in enumerate(texts):

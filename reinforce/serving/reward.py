@@ -67,7 +67,7 @@ def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
     numbers = []
     for value in values:
         number = _plain(value)
-        if isinstance(number, list) and not isinstance(value, list) and len(number) == 1:
+        while isinstance(number, list) and not isinstance(value, list) and len(number) == 1:
             number = number[0]  # a tensor of one number
         if not isinstance(number, (int, float)):
             raise FunctionError(f"{spec} returned {value!r:.80} as a score")

@@ -21,7 +21,9 @@ from reinforce.serving.handler import RewardServer
 from reinforce.serving.report import report
 
 HANG_SECONDS = 120.0  # one forward; every request in it has got its 504 long before
-LOCKED_SECONDS = HANG_SECONDS + 10  # of computing without letting another thread in
+# of computing, on all processors, without letting another thread in
+LOCKED_SECONDS = (HANG_SECONDS + 10) * (os.cpu_count() or 1)
+BLOCKED_SECONDS = 1800.0  # of waiting without letting one in: by the clock, also while suspended
 DRAIN_SECONDS = 20.0  # for the answers that are being made, after a signal
 END_SECONDS = 5.0  # for a reward function's own threads, after the last answer
 TICK = 0.1
@@ -45,6 +47,8 @@ class Watch:
         self._looked = time.monotonic()
         self._forward: float | None = None  # since when the present one runs
         self._asleep = 0.0  # seconds of it in which the process was suspended
+        self._computed = time.process_time()
+        self._stderr: int | None = None  # a descriptor that no reward function closes
         self._left = threading.Event()
 
     def __enter__(self) -> None:
@@ -53,7 +57,8 @@ class Watch:
         self._before: dict[int, Any] = {n: signal.signal(n, _heard) for n in SIGNALS}
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         with contextlib.suppress(OSError):  # standard error is closed
-            faulthandler.register(signal.SIGPROF, os.dup(2), all_threads=True, chain=True)
+            self._stderr = os.dup(2)
+            faulthandler.register(signal.SIGPROF, self._stderr, all_threads=True, chain=True)
         os.register_at_fork(
             before=self._before_fork, after_in_parent=self._unmask, after_in_child=self._forked
         )
@@ -64,6 +69,7 @@ class Watch:
         self._left.set()
         self._thread.join()
         signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGPROF)
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
@@ -103,6 +109,8 @@ class Watch:
     def _watch(self) -> None:
         while not self._left.is_set():
             signal.setitimer(signal.ITIMER_PROF, LOCKED_SECONDS)  # the kernel sees it, we do not
+            if self._stderr is not None:
+                faulthandler.dump_traceback_later(BLOCKED_SECONDS, exit=True, file=self._stderr)
             ready, _, _ = select.select([self._reading], [], [], TICK)
             for number in self._reading.recv(64) if ready else b"":
                 if number in SIGNALS:
@@ -121,13 +129,16 @@ class Watch:
     def _look(self) -> None:
         service, now = self._server.service, time.monotonic()
         late, self._looked = now - self._looked - 1, now
+        computed, self._computed = self._computed, time.process_time()
+        if self._computed - computed > late / 10:  # this thread was kept out, but others ran
+            late = 0.0
         if service is None:
             return
         started = service.batcher.started
         if started != self._forward:
             self._forward, self._asleep = started, 0.0
         running = 0.0 if started is None else now - started
-        self._asleep += max(0.0, min(late, running))  # not even this thread ran
+        self._asleep += max(0.0, min(late, running))
         if running - self._asleep > HANG_SECONDS:
             report(f"a forward took over {HANG_SECONDS:g} s")
             with contextlib.suppress(OSError):
