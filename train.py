@@ -10,9 +10,9 @@ The update, for K responses y ~ pi to each prompt x:
     A = R - baseline(R)
     gradient of  -(1/N) sum_b A_b sum_t log pi(y_bt)             N: rows of the step, all ranks
 
-Beside GRPO trainers the default deletes the clipped ratio and the old log-probs (one update per
-rollout is on-policy), the division by the group's deviation, the division by a response's length,
-and KL as a loss term: what is left is unbiased.
+Compared with GRPO trainers the default leaves out the clipped ratio and the old log-probs (one
+update per rollout is on-policy), the division by the group's deviation, the division by a
+response's length, and KL as a loss term: what is left is unbiased.
 """
 
 import reinforce.prerequisites  # noqa: F401  # isort: skip

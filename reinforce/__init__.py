@@ -13,8 +13,10 @@ Notation, the same in every file:
     ref_logp   (B, T)  the same under the frozen initial policy
     mask       (B, T)  True on response tokens, the end token included; from lengths, never from ids
     reward     (P, K)  r, what the reward model says
-    objective  (P, K)  R = reward - beta * KL
+    objective  (P, K)  R = reward - beta * KL; baselines.py, made for any reward, calls it reward
     advantage  (P, K)  A = R - baseline(R)
+
+What is (P, K) there is (B,) before rows are put into groups.
 
 Four shelves; imports point one way, and tests/test_house.py holds them to it:
 

@@ -5,6 +5,7 @@ gradient of E[R] and only changes its variance: E[b * grad log pi(y)] = b * sum_
 `none`, `Ema`, `rloo` and `remax` are of that kind. `group_mean` and `grpo` are not, and their
 docstrings say by how much.
 
+What is called `reward` here is R, the objective: KL and penalty are in it already.
 `valid` (P, K) bool marks the rows that count. Rows that do not get advantage 0, and their rewards,
 NaN included, are never read. None of these functions writes to its inputs. Left out: whitening over
 the batch, and leave-one-out with a standard deviation, which explodes (rewards 1, 0, 0, 0 give
@@ -84,9 +85,9 @@ def rloo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 def group_mean(reward: Tensor, valid: Tensor | None = None) -> Tensor:
     """Group mean, the row's own reward included: A_i = R_i - mean(R). Biased.
 
-    E[gradient] = (K-1)/K times the true one: a smaller learning rate, and nothing more while every
-    row is valid. See "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), Liu
-    et al. (2025, arXiv 2503.20783).
+    E[gradient] = (K-1)/K times the true one while every row is valid: a smaller learning rate,
+    which AdamW undoes. See "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr.
+    GRPO), Liu et al. (2025, arXiv 2503.20783).
 
     >>> group_mean(torch.tensor([[1.0, 0.0, 0.0, 3.0]]))
     tensor([[ 0., -1., -1.,  2.]])

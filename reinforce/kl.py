@@ -3,8 +3,9 @@
     d = log pi(y_t) - log pi_ref(y_t)        k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d
 
 k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is
-exactly the gradient of KL(pi || pi_ref). k3 has the same mean and less variance, so it estimates
-the value better. As a reward its gradient is wrong: cosine 0.72 to the true one on the enumerated
+exactly the gradient of KL(pi || pi_ref). k3 has the same mean and, while pi is near pi_ref, less
+variance, so it estimates the value better; where pi_ref likes what pi seldom samples, exp(-d) makes
+it far noisier. As a reward its gradient is wrong: cosine 0.72 to the true one on the enumerated
 language of the tests. k2 and k3 are here to be compared; training does not use them.
 
 See "Approximating KL Divergence", Schulman (2020, http://joschu.net/blog/kl-approx.html). Left out:

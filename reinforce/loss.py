@@ -92,8 +92,9 @@ def clipped_tokens(
 def token_weights(mask: Tensor, norm: str) -> Tensor:
     """The w of the formula, (B, T): the mask, or for norm "length" (the tutorial's) mask / length.
 
-    "length" follows E[(R - b) / |y| grad log pi], which is the gradient of E[R / |y|] - b E[1/|y|]:
-    another objective, in which a short response is worth more than a long one of the same reward.
+    "length" follows E[(R - b) / |y| grad log pi] = grad E[R / |y|] - (b - beta) grad E[1 / |y|],
+    since R falls by beta log pi: another objective, in which an advantage, of either sign, counts
+    more in a short response.
 
     >>> token_weights(torch.tensor([[True, True, False]]), "length")
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -109,9 +110,9 @@ def normaliser(length: Tensor, valid: Tensor, norm: str) -> int:
 
     "sequence" and "length" count valid rows, "token" counts their tokens. "sequence" is the
     unbiased default. "token" divides by a number that depends on the responses: with many rows its
-    expectation nears the true gradient over the mean length, with few it favours short batches. A
-    learning rate and a beta do not carry over from one norm to another: the gradients differ by
-    about a response's length.
+    expectation nears the true gradient over the mean length, with few it favours short batches.
+    From one norm to another the gradient changes by a factor of about a response's length. AdamW
+    undoes a constant factor, a limit on the gradient's length does not.
 
     >>> normaliser(torch.tensor([3, 5]), torch.tensor([True, False]), "token")
     3

@@ -1,4 +1,4 @@
-"""The README's exercises: each test passes when its exercise is done, and pytest does not collect them by itself.
+"""The exercises of docs/exercises.md: each test passes when its exercise is done, and pytest does not collect them by itself.
 
 python -m pytest tests/exercises.py -k reward_to_go
 """

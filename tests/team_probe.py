@@ -14,9 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import tiny_llama
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from reinforce import optim
 from reinforce.logprobs import Scorer
+from reinforce.policy import without_dropout
 from reinforce.run import distributed, shards, tensor_parallel
 
 CPU = torch.device("cpu")
@@ -25,10 +27,26 @@ ROWS = torch.randint(3, 11, (4, 9), generator=torch.Generator().manual_seed(2)) 
 WEIGHT = torch.tensor([1.0, -2.0, 0.5, 3.0])  # (B,)
 
 
-def made(tied):
-    """The same model on every rank; its biases are not 0. A team of three gets the heads of SmolLM2-135M."""
+def made(tied, norms=False):
+    """The same model on every rank; its biases are not 0. A team of three gets the heads of SmolLM2-135M.
+
+    `norms`: a Qwen3, whose queries and keys have norms that are whole on each rank.
+    """
     heads = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3} if TEAM == 3 else {}
-    model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, **heads)
+    if norms:
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            **heads,
+        }
+        config = Qwen3Config(vocab_size=51, num_hidden_layers=2, tie_word_embeddings=tied, max_position_embeddings=128, **sizes)
+        model = without_dropout(Qwen3ForCausalLM(config))
+    else:
+        model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, **heads)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,12 +72,15 @@ def check_places(model, whole):
         assert torch.equal(distributed.gather_tensor(distributed.shard_like(parameter, other)), other), name
 
 
-def check_gradient(model, scorer, wrapped, tied):
-    """Its length before clipping, and every part of it after, are those of one process."""
-    alone, alone_scorer = made(tied)
+def check_gradient(model, scorer, wrapped, tied, norms):
+    """Its length before clipping, and every part of it after, are those of one process; in one pass a row."""
+    alone, alone_scorer = made(tied, norms)
     loss(alone_scorer, list(range(len(ROWS)))).backward()
     norm = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm().item()
-    distributed.backward(loss(wrapped, distributed.deal(range(len(ROWS)))))
+    rows = distributed.deal(range(len(ROWS)))
+    for row in rows:
+        with distributed.accumulating(wrapped, last=row == rows[-1]):
+            distributed.backward(loss(wrapped, [row]))
     for most in (0.0, norm / 10):
         optim.clip(alone, most)
         found = optim.clip(model, most)
@@ -71,10 +92,11 @@ def check_gradient(model, scorer, wrapped, tied):
 
 def main(folder):
     distributed.start(CPU, alone=False, tensor_parallel=TEAM)
-    for parallel, tied, reads in itertools.product(("ddp", "fsdp"), (True, False), (True, False)):
-        model, scorer = made(tied)
+    kinds = [*itertools.product((True, False), (True, False), (False,)), (False, False, True)]
+    for parallel, (tied, reads, norms) in itertools.product(("ddp", "fsdp"), kinds):
+        model, scorer = made(tied, norms)
         whole = {name: p.detach().clone() for name, p in model.named_parameters()}
-        files = str(folder / f"tied-{tied}")
+        files = str(folder / f"tied-{tied}-{norms}")
         if distributed.rank() == 0:
             model.save_pretrained(files)
         distributed.gather([None])  # the files are there
@@ -86,7 +108,7 @@ def main(folder):
         shards.read(scorer, files)
         tensor_parallel.place_gradients(model)
         check_places(model, whole)
-        check_gradient(model, scorer, wrapped, tied)
+        check_gradient(model, scorer, wrapped, tied, norms)
     if distributed.rank() == 0:
         (folder / "ok").touch()
     distributed.stop()

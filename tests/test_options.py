@@ -248,7 +248,7 @@ def fixed_point(option):
     return settle(ref, reward, gradient)
 
 
-ENDS = {  # nats; the README prints them
+ENDS = {  # nats; docs/options.md prints them
     ("kl", (k1, "sum")): 0.0,
     ("kl", (k1, "mean")): 0.405,
     ("kl", (abs_k1, "sum")): 1.165,

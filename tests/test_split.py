@@ -87,7 +87,7 @@ def test_gradient_checkpointing_runs_each_block_twice(worlds):
 
 @pytest.mark.slow
 def test_table_of_world_sizes_wrappings_and_micro_batches(small, tmp_path, capsys):
-    """The table of the README: python -m pytest tests/test_split.py -m slow -s"""
+    """The table of docs/scaling.md: python -m pytest tests/test_split.py -m slow -s"""
     theta = initial(small)
     found = {n: probe(small, tmp_path, n) for n in (1, 2, 4)}
     right = found[1]["ddp"]

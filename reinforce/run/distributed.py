@@ -304,6 +304,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
             m.reshard()
 
 
+def team_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over this rank's team. Every rank of it must call it."""
+    assert _mesh is not None
+    total = tensor.clone()
+    dist.all_reduce(total, group=_mesh["tensor"].get_group())
+    return total
+
+
 def gather_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this rank may hold a shard. Every rank must call it."""
     if not isinstance(tensor, DTensor):

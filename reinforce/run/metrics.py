@@ -26,7 +26,8 @@ refused          responses that the reward server has refused so far and that we
 tokens           sampled tokens, the greedy responses of ReMax included
 tokens_per_s     tokens / time_rollout
 time_rollout     seconds of sampling
-time_reward      seconds of asking for rewards
+time_reward      seconds of waiting for rewards after the reference has scored; the server works
+                 meanwhile
 time_reference   seconds of the reference model
 time_update      seconds of everything else in the step
 prompts_seen     prompts taken so far, counted again in each epoch

@@ -22,6 +22,9 @@ from reinforce.head import linear
 from reinforce.run import distributed, shards
 from reinforce.tensor_plan import FLAG, refuse_model, refuse_version
 
+# transformers' rule for the norms of queries and keys: whole on each rank, which sees its own heads
+OF_OWN_HEADS = "replicated_with_grad_allreduce"
+
 
 def refuse_ranks(size: int, ranks: int) -> None:
     """Raise ConfigError if teams of `size` ranks cannot be made here."""
@@ -59,13 +62,38 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     plan, _, _ = hf._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
     # a weight with two names stands in the model under the first
     names = dict(model.named_modules()).keys() | dict(model.named_parameters()).keys()
-    apply_tensor_parallelism(model, mesh, {n: style for n, style in plan.items() if n in names})
+    plan = {name: style for name, style in plan.items() if name in names}
+    rest = {name: style for name, style in plan.items() if style != OF_OWN_HEADS}
+    apply_tensor_parallelism(model, mesh, rest)
+    for name, module in model.named_modules():
+        if plan.get(name) == OF_OWN_HEADS:
+            _add_gradients_up(module)
     hf.tie_weights()
     head = hf.get_output_embeddings()
     if type(head) is nn.Linear and isinstance(head.weight, DTensor):
         cast(Any, head).forward = functools.partial(_logits, head)
     shards.move(model, device)
     return model
+
+
+def _add_gradients_up(module: nn.Module) -> None:
+    """Let the gradients of a norm that sees this rank's heads alone be summed over the team.
+
+    transformers' own rule sums what has been accumulated, and so what the micro-batches before have
+    summed once more.
+    """
+    forward, hooked = module.forward, dict[str, Tensor]()
+
+    @functools.wraps(forward)
+    def hooking(*args: Any, **kwargs: Any) -> Any:
+        # here, since FSDP computes with other parameters than the module is made with
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.requires_grad and torch.is_grad_enabled() and hooked.get(name) is not weight:
+                cast(Any, weight).register_hook(distributed.team_sum)
+                hooked[name] = weight
+        return forward(*args, **kwargs)
+
+    cast(Any, module).forward = hooking
 
 
 def place_gradients(model: nn.Module) -> None:
