@@ -74,7 +74,7 @@ class RewardClient:
         timeout: float = 60.0,
         deadline: float = 300.0,
     ) -> None:
-        """`timeout` is for one try, `deadline` for all tries of one request, both in seconds."""
+        """`timeout` is for one try, `deadline` for all tries until one is answered, in seconds."""
         self.url = f"http://{host}:{port}"
         self._fingerprint, self._timeout, self._deadline = fingerprint, timeout, deadline
         self._connection = Connection(host, port, token, self._check_same_model)
@@ -83,6 +83,8 @@ class RewardClient:
         )  # once it is true, no request is tried again
         self._info: ServerInfo | None = None
         self._max_body = ServerInfo.max_body
+        self._most = sys.maxsize  # texts of a request, half of one that was too late
+        self._end: float | None = None  # of the tries since the last answer
         self._requests = 0
         self.truncated = 0  # texts that the server has cut so far
 
@@ -175,7 +177,7 @@ class RewardClient:
         size = len(json.dumps(columns)) + 100  # and an id
         if size > most and count == 1:
             raise RefusedError(f"a request of {size} bytes, and {self.url} takes {most}", start)
-        if size > most:
+        if size > most or count > self._most:
             return self._halves(columns, start)
         try:
             return self._score(columns)
@@ -198,13 +200,14 @@ class RewardClient:
         expected = len(columns.get("query") or columns.get("messages") or [])
         request_id = f"{id(self):x}-{self._requests}"
         request = {**columns, "id": request_id}
-        end, tries = time.monotonic() + self._deadline, 0
+        end, tries = self._end or time.monotonic() + self._deadline, 0
         while True:
             try:
-                return self._validate(
-                    self._call("POST", "/get_reward", request, end), request_id, expected
-                )
+                reply = self._call("POST", "/get_reward", request, end)
+                self._end = None
+                return self._validate(reply, request_id, expected)
             except TryAgainError as error:
+                self._end = end
                 pause = pause_before(tries, error.pause)
                 tries += 1
                 if self._info is not None and expected > self._info.max_texts:
@@ -214,7 +217,12 @@ class RewardClient:
                     raise RetryError(
                         f"stopped while reward server {self.url} gave no usable answer ({error})"
                     ) from error
+                if error.late and expected > 1:  # of too many texts, or behind too many others
+                    self._most = expected // 2
+                    said = f"{self.url} does not answer {expected} texts in time"
+                    raise RefusedError(said, too_large=True) from error
                 if time.monotonic() + pause > end:
+                    self._end = None
                     raise RetryError(
                         f"reward server {self.url} gave no usable answer "
                         f"within {self._deadline:g} s ({error})"
@@ -297,7 +305,8 @@ class RewardClient:
         except http.client.HTTPException as error:
             raise TryAgainError(f"not an HTTP reply ({type(error).__name__})") from error
         if reply.status in RETRIED:
-            raise TryAgainError(f"HTTP {reply.status}", reply.pause)
+            late = reply.status == http.HTTPStatus.GATEWAY_TIMEOUT
+            raise TryAgainError(f"HTTP {reply.status}", reply.pause, late)
         if reply.status != 200:
             said = f"{self.url}{path} answered HTTP {reply.status}: {message_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":

@@ -57,10 +57,10 @@ class RewardError(FailedError):
 class TryAgainError(Exception):
     """A failure that another try may cure; `pause` is the server's Retry-After, seconds."""
 
-    def __init__(self, message: str, pause: float = 0.0) -> None:
-        """`pause` 0: the server said nothing."""
+    def __init__(self, message: str, pause: float = 0.0, late: bool = False) -> None:
+        """`pause` 0: the server said nothing. `late`: it has taken too long."""
         super().__init__(message)
-        self.pause = pause
+        self.pause, self.late = pause, late
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class Connection:
                 raise
             except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
                 self._close()
-                raise TryAgainError(str(error) or type(error).__name__) from error
+                late = isinstance(error, TimeoutError)
+                raise TryAgainError(str(error) or type(error).__name__, late=late) from error
             kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
             after = response.getheader("Retry-After") or ""
             if response.will_close:

@@ -370,3 +370,19 @@ def test_torchruns_report_ends_with_the_reason_where_it_has_a_folder_for_it(tmp_
     out = script("-m", "torch.distributed.run", "--standalone", "--log-dir", tmp_path, ROOT / "train.py", "--lr", "-1")
     report = out.stdout[out.stdout.index("Root Cause") :]
     assert out.returncode == 1 and "--lr is -1.0; it must be positive" in report
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(["--lr", "0.05"], "--lr is 0.0007 here and 0.05 on rank 1"), ("prompts", "rank 1 reads other prompts")]
+)
+def test_nodes_that_are_given_different_commands_or_files_are_refused(small, flags, tmp_path, change, told):
+    if change == "prompts":
+        (tmp_path / "edited.jsonl").write_text((small / "train.jsonl").read_text().replace("rome", "paris", 1))
+        change = ["--train-data", str(tmp_path / "edited.jsonl")]
+    (tmp_path / "node.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nsys.argv += {change!r} if os.environ['RANK'] == '1' else []\ntrain.main()\n"
+    )
+    out = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "node.py", *flags,
+                 "--log-dir", tmp_path / "run", OMP_NUM_THREADS=1)  # fmt: skip
+    assert out.returncode != 0 and told in out.stdout, out.stdout
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -78,6 +78,21 @@ def test_rewards_come_back_in_order_and_requests_are_split_to_the_servers_limit(
     assert [len(p["query"]) for p in s.posts] == [3, 3, 1] and [len(p["finished"]) for p in s.posts] == [3, 3, 1]
 
 
+@pytest.mark.parametrize("late", [reply({"error": "late"}, 504), None], ids=["504", "no answer"])
+def test_a_request_that_is_not_answered_in_time_is_asked_in_halves(server, late):
+    """A slow reward and many ranks: all would be late together, ask for the same again, and never get anything."""
+
+    def slow(request, connection):
+        if len(request["query"]) <= 2:
+            return good(request)
+        return late or time.sleep(0.7) or reply({})
+
+    s = server(slow, info={**INFO, "max_texts": 99})
+    c = client(s, timeout=0.3, deadline=3.0)
+    assert c.rewards(query=["a" * n for n in range(1, 10)]) == [*range(1, 10)]
+    assert [len(p["query"]) for p in s.posts] == [9, 4, 2, 2, 2, 1, 2], "and the others are as small from the beginning"
+
+
 @pytest.mark.parametrize("rewards", [
     [], [1.0], [1.0, 2.0, 3.0], [[1.0], [2.0]], {"0": 1.0, "1": 2.0}, [1.0, None], [1.0, True], [1.0, "0.5"], "12", None,
 ])  # fmt: skip

@@ -74,6 +74,7 @@ def check_record(
     elif not isinstance(value, str) or not value.strip():
         raise BadLineError(f'"{key}" must be a string that is not empty, or a list of messages')
     must_be_unicode(key, value)
+    must_be_json(key, value)  # a message may hold more than two texts
     if label_key is not None and record.get(label_key, "") == "":  # an empty cell of a table
         raise BadLineError(f'no "{label_key}" (--label-key), null or empty; {columns(record)}')
     label = label_key or "label"

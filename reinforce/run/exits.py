@@ -92,7 +92,11 @@ def write_exit(folder: Path, code: int, reason: str) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "exit.json").open("x" if code else "w") as file:
-            json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
+            try:
+                json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
+                file.flush()
+            except OSError:  # the disk is full
+                (folder / "exit.json").unlink()
 
 
 def report_to_torchrun(reason: str) -> None:

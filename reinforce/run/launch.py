@@ -233,9 +233,11 @@ class Job:
         """Raise EndedError unless the run is done; requeue a job of Slurm that can go on."""
         newest = newest_checkpoint(self.folder)
         ended = read_exit(self.folder)
+        killed = code < 0 or code > 128  # torchrun, or one of its ranks
         if ended:
             code, reason = ended
-        elif code and (self.signals.first or newest != before):
+        # a node that fails takes its torchrun along
+        elif code and (self.signals.first or killed or (self.hetjob and newest != before)):
             cause = f"stopped by {self.signals.first}" if self.signals.first else "killed"
             code, reason = AGAIN, f"the actor was {cause} before it could say why"
         else:

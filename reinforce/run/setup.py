@@ -5,7 +5,7 @@ next is loading.py.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,28 @@ def begin(config: TrainConfig) -> Begun:
     if config.deterministic:
         devices.only_deterministic()
     distributed.start(device, alone=config.parallel == "fsdp", tensor_parallel=team)
+    refuse_other_flags(config)
     k = config.num_rollouts_per_prompt
     distributed.together(lambda: own_baseline.check(config.baseline, k))
     run = None if config.log_dir is None else Path(config.log_dir)
     start = distributed.together(lambda: resume.find_start(run, config.resume), only_first=True)
     return Begun(device, start)
+
+
+def refuse_other_flags(config: TrainConfig) -> None:
+    """Raise ConfigError where the ranks were started with different flags.
+
+    Files and addresses may have names of their own on each node.
+    """
+    own = {"policy", "train_data", "val_data", "rm_host", "rm_port", "log_dir"}
+    flags = {name: value for name, value in asdict(config).items() if name not in own}
+    for other, theirs in enumerate(distributed.of_all(flags)):
+        for name, value in theirs.items():
+            if value != flags[name]:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {flags[name]} here and {value} on rank {other};"
+                    " give all nodes the same command"
+                )
 
 
 def check(
@@ -120,6 +137,9 @@ def check(
         prompts[data_flag], prompts.get("--val-data", []), config.num_rollout_samples, config.seed
     )
 
+    if distributed.world_size() > 1:
+        refuse_other_prompts(data, data_flag)
+
     check_schedule(config, data.total_steps(config.max_steps, config.max_epochs))
 
     def ask_first_reward() -> None:
@@ -129,6 +149,18 @@ def check(
     return Inputs(
         config, begun.device, begun.start, policy, policy_flag, tokenizer, ends, data, client
     )
+
+
+def refuse_other_prompts(data: Data, data_flag: str) -> None:
+    """Raise ConfigError where the ranks have read different prompts."""
+    read = [[p.index, p.ids, p.text, p.messages, p.label] for p in [*data.prompts, *data.held_out]]
+    digests = distributed.of_all(resume.digest(read))
+    if len(set(digests)) > 1:
+        other = next(i for i, digest in enumerate(digests) if digest != digests[0])
+        raise ConfigError(
+            f"{data_flag}, --val-data: rank {other} reads other prompts than rank 0; "
+            "give all nodes the same files"
+        )
 
 
 def load_prompts(

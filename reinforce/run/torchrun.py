@@ -29,7 +29,10 @@ SAID = (2, 75)
 
 
 def run() -> int:
-    """torchrun's main, and its exit code: 2 for your configuration, 1 for another failed rank."""
+    """torchrun's main, and its exit code.
+
+    2 for your configuration, 128 + n for a rank that signal n has ended, 1 for another failure.
+    """
     if "--exit-with-parent" in sys.argv or os.environ.get("LAUNCHER") == str(PARENT):
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -38,7 +41,8 @@ def run() -> int:
         # torchrun itself ends the other ranks by SIGTERM
         codes = {failure.exitcode for failure in error.failures.values()} - {-signal.SIGTERM}
         if not codes or not codes <= set(SAID):
-            raise
+            print(error, file=sys.stderr)
+            return 128 - min(codes) if codes and min(codes) < 0 else 1
         return 2 if codes == {2} else 1
     except SignalException:
         return 1
