@@ -4,7 +4,7 @@
     python recipes/evaluate.py --run RUN --test-data test.jsonl --rm-host HOST --rm-port PORT
 
 Both policies answer every prompt with the same random numbers. The table has the mean reward of
-each policy, the difference and the win rate with paired bootstrap intervals (95 %, over prompts),
+each policy, the difference with a paired bootstrap and the win rate with Wilson's interval (95 %),
 the KL between the policies, the length of responses, the share that ends, and distinct-n. The run
 folder gets evaluation.json, evaluation.jsonl (every pair of responses) and report.html, a page
 without external resources. The reward is the one that was trained on, and it can be fooled: read
@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from recipes import toy
 from recipes.intervals import bootstrap, wilson
-from reinforce import adapter, kl
+from reinforce import kl
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.logprobs import Scorer
@@ -227,12 +227,9 @@ def toys_server(run: Path, stack: ExitStack) -> tuple[str, int] | tuple[None, No
 def refuse_other_tokenizer(trained: str, initial: Any) -> None:
     """Raise ConfigError where the trained policy's tokenizer is not the initial policy's.
 
-    Both policies read the same token ids. An adapter of PEFT has no tokenizer but its base's.
+    Both policies read the same token ids.
     """
-    folder = Path(trained)
-    has_none = adapter.is_adapter(trained) and not (folder / "tokenizer_config.json").exists()
-    name = adapter.base_of(trained) if has_none else trained
-    if load_tokenizer(name, "--policy").get_vocab() != initial.get_vocab():
+    if load_tokenizer(trained, "--policy").get_vocab() != initial.get_vocab():
         raise ConfigError(
             f"--policy {trained}: its tokenizer is not that of the initial policy; "
             "give --initial-policy, or a policy of the same tokenizer"

@@ -153,9 +153,26 @@ def encode_example(
     # what follows the prompt's own tokens; alone, a text may get a token of its own at its start
     ids = both[len(prompt) :]
     if both[: len(prompt)] != prompt:  # a token spans the end of the prompt
-        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+        ids = continued(tokenizer, prompt, both, whole[len(before) :])
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
+
+
+def continued(tokenizer: Any, prompt: list[int], both: list[int], answer: str) -> list[int]:
+    """Token ids of an answer behind the prompt's own, so that they say what `both` says.
+
+    A tokenizer may put a space before a text that begins, so it begins with one character more.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for before in ("", "\n", ":", "."):
+        start, ids = ids_of(before), ids_of(before + answer)
+        rest = ids[len(start) :]
+        if [*start, *rest] == ids and tokenizer.decode([*prompt, *rest]) == tokenizer.decode(both):
+            return rest
+    return ids_of(answer)
 
 
 def loss_sum(

@@ -8,7 +8,7 @@ checkpoint.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,8 +46,10 @@ def load_tokenizer(name: str, flag: str = "--policy") -> Any:
     A tokenizer without a pad token pads with its end token.
     """
     announce(name, flag)
+    has_none = adapter.is_adapter(name) and not Path(name, "tokenizer_config.json").exists()
+    base = adapter.base_of(name, flag) if has_none else name  # PEFT saves no tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # a bad file makes the libraries below raise what they like
         raise ConfigError(f"{flag} {name}: no tokenizer there ({first_line(error)})") from error
     tokenizer.clean_up_tokenization_spaces = False
@@ -227,19 +229,38 @@ def load_policy(
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max([len(tokenizer) - 1, *tokenizer.get_vocab().values()])
-    if largest >= rows:
-        raise ConfigError(
-            f"{flag} {name}: the tokenizer has ids up to {largest}, the model {rows} tokens; "
-            "resize the model's embeddings"
-        )
+    refuse_missing_rows(model.get_input_embeddings().weight.shape[0], tokenizer, f"{flag} {name}")
     model = give_float32_logits(without_dropout(model).to(device))
     if base != name:
         adapter.merge_into(model, name, flag)
     if frozen_dtype is not None:
         store_frozen(model.requires_grad_(False), frozen_dtype)
     return model
+
+
+def refuse_missing_rows(rows: int, tokenizer: Any, where: str) -> None:
+    """Raise ConfigError if the model's `rows` embeddings lack one for a token that it needs.
+
+    Tokens that were added to the vocabulary may be without one, as Gemma 3's for an image: they are
+    never drawn, and `refuse_ids` is for prompts that hold them.
+    """
+    added = tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
+    if beyond - added:
+        raise ConfigError(
+            f"{where}: the tokenizer has ids up to {max(beyond)}, the model {rows} tokens; "
+            "resize the model's embeddings"
+        )
+
+
+def refuse_ids(rows: int, prompts: Iterable[Sequence[int]], where: str) -> None:
+    """Raise ConfigError if a prompt holds an id that has none of the model's `rows` embeddings."""
+    largest = max((i for ids in prompts for i in ids), default=0)
+    if largest >= rows:
+        raise ConfigError(
+            f"{where}: a prompt holds the token {largest}, of the tokenizer alone: the model has "
+            f"{rows}; leave it out, or resize the model's embeddings"
+        )
 
 
 def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:

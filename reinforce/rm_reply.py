@@ -54,7 +54,8 @@ def rewards_of(
     given = reply.get("id")
     if request_id is not None and given != request_id and (given is not None or pinned is not None):
         raise RewardError(
-            f"{url} answered another request: id {given!a:.80} instead of {request_id!a}"
+            f"{url} answered another request: id {given!a:.80} instead of {request_id!a}, which it "
+            "must repeat or leave out"
         )
     return [float(value) for value in rewards]
 

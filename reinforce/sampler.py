@@ -96,7 +96,8 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
     node = torch.zeros(len(probs), 1, dtype=torch.long, device=probs.device)  # (B, 1)
     for level, coin in zip(reversed(tree[:-1]), coins.T, strict=True):
         left, right = level.gather(1, 2 * node), level.gather(1, 2 * node + 1)  # (B, 1)
-        node = 2 * node + (coin[:, None] * (left + right) >= left)
+        goes_right = (coin[:, None] * (left + right) >= left) & (right > 0)  # (B, 1)
+        node = 2 * node + goes_right
     return node[:, 0]
 
 

@@ -263,7 +263,7 @@ def test_a_reward_function_may_return_numbers_in_any_row(scores):
 
 @pytest.mark.parametrize(
     "scores", [{1.0: "a", 2.0: "b"}, "12", {1.0, 2.0}, None, 3.0, [1.0], [1.0, "2"], [1.0, None], [[1.0], [2.0]], torch.ones(2, 1),
-               [1.0, np.ma.masked], np.ma.array([1.0, 2.0], mask=[0, 1]), [1.0, np.timedelta64(5, "ns")], np.array([1, 2], "m8[ns]")]
+               [1.0, np.ma.masked], [1.0, 10**400], np.ma.array([1.0, 2.0], mask=[0, 1]), [1.0, np.timedelta64(5, "ns")], np.array([1, 2], "m8[ns]")]
 )  # fmt: skip
 def test_what_is_no_row_of_numbers_is_an_error_and_never_a_reward(scores):
     with pytest.raises(ValueError, match=r"f\.py:f returned"):

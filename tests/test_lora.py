@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lora_probe
@@ -280,6 +281,13 @@ def test_merge_py_writes_a_folder_that_transformers_and_train_py_open(trained, f
     torch.testing.assert_close(model(IDS).logits, trained.logits, atol=1e-5, rtol=1e-5)
     out = train_here(*flags, "--policy", tmp_path / "whole", "--max-steps", "1", "--log-dir", tmp_path / "run")
     assert out.returncode == 0, out.stdout
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(trained, tmp_path):
+    """PEFT saves none."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(trained.folder) / name, tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == load_tokenizer(str(trained.folder)).get_vocab()
 
 
 def test_peft_opens_a_checkpoint(trained):

@@ -216,8 +216,11 @@ def test_kl_reward_to_go_has_the_same_expectation_as_the_sum_and_another_value_p
     assert not torch.allclose(to_go[:, -1], d.sum(1))
 
 
-def settle(ref, reward, gradient, steps=600):
-    """KL(pi || pi*) after following a gradient from pi_ref; pi* = pi_ref exp(r / beta), normalised, is the known optimum."""
+def settle(ref, reward, gradient, among=None, steps=600):
+    """KL(pi || pi*) after following a gradient from pi_ref; pi* = pi_ref exp(r / beta), normalised, is the known optimum.
+
+    `among` (N,) bool: of the two given that the response is one of these.
+    """
     logits = ref.clone()
     optimizer = torch.optim.Adam([logits], lr=0.1)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
@@ -225,8 +228,9 @@ def settle(ref, reward, gradient, steps=600):
         logits.grad = -gradient(logits)
         optimizer.step()
         decay.step()
-    best = (probability(ref).log() + reward / BETA).log_softmax(0)
-    return exact_kl(probability(logits).log(), best).item()
+    best, found = probability(ref).log() + reward / BETA, probability(logits).log()
+    among = torch.ones(N, dtype=torch.bool) if among is None else among
+    return exact_kl(found[among].log_softmax(0), best[among].log_softmax(0)).item()
 
 
 def fixed_point(option):
@@ -245,7 +249,7 @@ def fixed_point(option):
         advantage = getattr(baselines, value if name == "baseline" else "rloo")(r[GROUPS], valid)
         return with_norm(logits, advantage, "token" if value == "token" else "sequence", "drop" if value == "drop" else "keep")
 
-    return settle(ref, reward, gradient)
+    return settle(ref, reward, gradient, FINISHED.bool() if value == "drop" else None)
 
 
 ENDS = {  # nats; docs/options.md prints them
@@ -255,7 +259,7 @@ ENDS = {  # nats; docs/options.md prints them
     ("kl", (abs_k1, "mean")): 0.707,
     ("norm", "length"): 0.0,  # at the optimum every response has the same R, so every advantage is 0, however it is weighted
     ("norm", "token"): 0.0,
-    ("truncated", "drop"): 0.870,
+    ("truncated", "drop"): 0.0,  # among finished responses: how many finish is left to the optimizer
     ("baseline", "group_mean"): 0.0,
     ("baseline", "grpo"): 0.0,
 }

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, environment, metrics, tiny_llama, train_here
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recipes import chat, compare, evaluate, fit, hh, sft, toy, train_rm
@@ -152,6 +152,15 @@ def test_an_answer_has_the_tokens_that_follow_the_prompt_s_own():
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     chat = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "yes"}]
     assert sft.encode_example(tokenizer, [end], chat)[1] == [yes, end]
+
+
+def test_an_answer_behind_a_prompt_that_ends_in_a_space_says_what_the_example_says():
+    pieces = ["<unk>", "</s>", "▁", "▁is", "▁it", ":", "▁yes", "yes"]
+    made = Tokenizer(models.Unigram([(p, -1.0 if len(p) > 1 else -5.0) for p in pieces], 0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    prompt, answer = sft.encode_example(tokenizer, [tokenizer.eos_token_id], ("is it: ", "yes"))
+    assert tokenizer.convert_ids_to_tokens(answer) == ["yes", "</s>"] and tokenizer.decode([*prompt, *answer[:-1]]) == "is it: yes"
 
 
 def test_malformed_examples_that_are_left_out_are_counted(small, tmp_path):

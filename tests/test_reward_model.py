@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -244,6 +246,10 @@ def test_a_model_that_does_not_find_a_texts_last_token_is_not_served(tmp_path):
     with pytest.raises(ConfigError, match="the score of a text changes from"):  # it pools the padding
         saved(tmp_path / "xlnet", XLNetForSequenceClassification, XLNetConfig, "$A [SEP] [CLS]", eos_token="</s>", cls_token="[CLS]",
               sep_token="[SEP]", extra={"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32})  # fmt: skip
+    with pytest.raises(ConfigError, match="a plain text has no score"):  # it looks for end tokens
+        saved(tmp_path / "bart", BartForSequenceClassification, BartConfig, "<s> $A </s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+              extra={"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+                     "encoder_ffn_dim": 16, "decoder_ffn_dim": 16})  # fmt: skip
     with pytest.raises(ConfigError, match="with its end token and one without get the same score"):
         saved(tmp_path / "decoder", ModernBertDecoderForSequenceClassification, ModernBertDecoderConfig, "<s> $A", bos_token="<s>",
               eos_token="</s>", pad_token="</s>", extra={"pad_token_id": 3, "eos_token_id": 3, "bos_token_id": 2})  # fmt: skip

@@ -70,6 +70,12 @@ def test_draws_do_not_depend_on_the_batch_at_a_real_vocabulary():
     assert len(whole.unique()) > 55
 
 
+def test_a_branch_without_mass_is_not_taken_where_the_other_has_next_to_none():
+    """0.9 of the smallest number is that number again."""
+    probs = torch.tensor([[1e-45, 0.0, 1.0, 0.0]])
+    assert sample_token(probs, torch.tensor([[0.0, 0.9]])).tolist() == [0]
+
+
 def test_every_row_has_random_numbers_of_its_own_and_a_prefix_of_one_stream():
     coins = draw_coins(seeds(range(8), 4), steps=20, vocabulary=1000)
     assert len({tuple(row.flatten().tolist()) for row in coins}) == 32

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from reinforce import device as devices
 from reinforce.data.prompts import Data
 from reinforce.errors import ConfigError
 from reinforce.logprobs import Scorer
-from reinforce.policy import blocks, checkpoint_blocks, load_policy, store_frozen
+from reinforce.policy import blocks, checkpoint_blocks, load_policy, refuse_ids, store_frozen
 from reinforce.refused import Refusals
 from reinforce.run import allocator, distributed, offload, shards, tensor_parallel
 from reinforce.run.actor import Actor
@@ -55,6 +55,9 @@ def load(inputs: Inputs) -> Actor:
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
     stored = inputs.policy if config.lora_rank else source  # where the whole weights are
     model = load_first(inputs, stored, load_device)
+    rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+    prompts = [p.ids for p in [*inputs.data.prompts, *inputs.data.held_out]]
+    refuse_ids(rows, prompts, f"{inputs.policy_flag} {inputs.policy}")
     if config.lora_rank:
         add_adapters(inputs, model)
     size = sum(w.numel() for w in model.parameters())

@@ -83,4 +83,5 @@ class Sums:
         """The sums of all ranks; every rank must ask."""
         sums = distributed.gather([(self._loss.item(), self._clipped.item())])
         loss, clipped = zip(*sums, strict=True)
-        return Summed(math.fsum(loss), math.fsum(clipped), self._logp)
+        finite = all(map(math.isfinite, loss))
+        return Summed(math.fsum(loss) if finite else sum(loss), math.fsum(clipped), self._logp)

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import cached_file
 
 from reinforce import device as devices
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, first_line
 from reinforce.policy import context_of
 from reinforce.serving import tensor_parallel
 from reinforce.serving.config import ServeConfig
@@ -96,7 +96,13 @@ def check_pooling(run: Callable[[list[list[int]]], list[float]], tokenizer: Any,
     special = set(tokenizer.all_special_ids)
     known = [i for i in range(len(tokenizer)) if i not in special]
     text, longer = known[:3], known[:8]
-    alone, beside = run([text])[0], run([text, longer])[0]
+    try:
+        alone, beside = run([text])[0], run([text, longer])[0]
+    except (ValueError, IndexError) as error:  # an encoder-decoder looks for end tokens
+        raise ConfigError(
+            f"--reward-model {name}: a plain text has no score ({first_line(error)}); a model of "
+            "this kind cannot be served"
+        ) from error
     if abs(alone - beside) > 0.05 * (1 + abs(alone)):  # bfloat16 makes up to a fifth of that
         raise ConfigError(
             f"--reward-model {name}: the score of a text changes from {alone:.3f} to {beside:.3f} "

@@ -71,7 +71,10 @@ def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
             number = number[0]  # a tensor of one number
         if not isinstance(number, (int, float)):
             raise FunctionError(f"{spec} returned {value!r:.80} as a score")
-        numbers.append(float(number))
+        try:
+            numbers.append(float(number))
+        except OverflowError as error:
+            raise FunctionError(f"{spec} returned {number!r:.80} as a score") from error
     return numbers
 
 
