@@ -111,6 +111,13 @@ def test_a_run_that_began_with_other_defaults_goes_on_with_its_own(six, tmp_path
     assert "max_new_tokens was 8, is 9" in go([*bare, "--max-new-tokens", "9"], tmp_path / "run", 4, code=2)
 
 
+def test_validation_samples_the_policy_that_is_trained_and_a_run_keeps_the_temperature_it_began_with(tmp_path):
+    assert TrainConfig(temperature=0.7).filled().val_temperature == 0.7
+    assert TrainConfig(temperature=0.7, val_temperature=0.5).filled().val_temperature == 0.5
+    (tmp_path / "identity.json").write_text(json.dumps({"temperature": 0.7, "val_temperature": 1.0}))
+    assert TrainConfig(temperature=0.7).filled(dict(resume.filled_of(tmp_path))).val_temperature == 1.0
+
+
 def test_a_digest_takes_what_a_table_may_hold_beside_text():
     day = datetime.datetime(2024, 5, 1)
     assert resume.digest([{"role": "user", "sent": day}]) != resume.digest([{"role": "user", "sent": day.replace(day=2)}])

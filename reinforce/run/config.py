@@ -238,7 +238,9 @@ class TrainConfig:
         "sampling",
         "refused unless 1: top-p sampling would train another policy than the one scored",
     )
-    val_temperature: float = flag(1.0, "sampling", "sampling temperature of validation")
+    val_temperature: float | None = flag(
+        None, "sampling", "sampling temperature of validation (default: --temperature)"
+    )
     val_top_k: int = flag(0, "sampling", "likeliest tokens kept in validation; 0: all")
     val_top_p: float = flag(1.0, "sampling", "probability mass kept in validation")
     val_greedy: bool = flag(False, "sampling", "take the likeliest token in validation")
@@ -358,6 +360,7 @@ class TrainConfig:
 
         Raises ConfigError if a default does not go with the other flags.
         """
+        defaults = {"val_temperature": self.temperature, **defaults}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         config = dataclasses.replace(self, **missing)
         config.check()

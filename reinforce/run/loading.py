@@ -217,7 +217,7 @@ def samplings(
     )
     validation = dataclasses.replace(
         training,
-        temperature=config.val_temperature,
+        temperature=cast(float, config.val_temperature),
         greedy=config.val_greedy,
         top_k=config.val_top_k,
         top_p=config.val_top_p,

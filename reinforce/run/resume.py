@@ -135,13 +135,14 @@ def date_of(run: Path) -> str | None:
 
 
 def filled_of(run: Path) -> tuple[tuple[str, Any], ...]:
-    """The run's values of the flags whose defaults depend on what is trained.
+    """The run's values of the flags whose defaults depend on what is trained, or on other flags.
 
     Another default in today's version does not make it another run.
     """
     try:
         found = json.loads((run / "identity.json").read_text())
-        return tuple((name, found[name]) for name in LANGUAGE_MODEL if found.get(name) is not None)
+        names = (*LANGUAGE_MODEL, "val_temperature")
+        return tuple((name, found[name]) for name in names if found.get(name) is not None)
     except (OSError, ValueError, TypeError, AttributeError):
         return ()
 

@@ -7,6 +7,7 @@ like. The kernel's side of a signal handler writes the signal's number into a so
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import select
@@ -23,7 +24,7 @@ from reinforce.serving.report import report
 HANG_SECONDS = 120.0  # one forward; every request in it has got its 504 long before
 # of computing, on all processors, without letting another thread in
 LOCKED_SECONDS = (HANG_SECONDS + 10) * (os.cpu_count() or 1)
-BLOCKED_SECONDS = 1800.0  # of waiting without letting one in: by the clock, also while suspended
+BLOCKED_SECONDS = 1800.0  # of waiting without letting one in; a stopped process's clock goes on
 DRAIN_SECONDS = 20.0  # for the answers that are being made, after a signal
 END_SECONDS = 5.0  # for a reward function's own threads, after the last answer
 TICK = 0.1
@@ -49,6 +50,7 @@ class Watch:
         self._asleep = 0.0  # seconds of it in which the process was suspended
         self._computed = time.process_time()
         self._stderr: int | None = None  # a descriptor that no reward function closes
+        self._armed = -math.inf  # when BLOCKED_SECONDS began
         self._left = threading.Event()
 
     def __enter__(self) -> None:
@@ -109,8 +111,9 @@ class Watch:
     def _watch(self) -> None:
         while not self._left.is_set():
             signal.setitimer(signal.ITIMER_PROF, LOCKED_SECONDS)  # the kernel sees it, we do not
-            if self._stderr is not None:
+            if self._stderr is not None and time.monotonic() > self._armed + BLOCKED_SECONDS / 10:
                 faulthandler.dump_traceback_later(BLOCKED_SECONDS, exit=True, file=self._stderr)
+                self._armed = time.monotonic()
             ready, _, _ = select.select([self._reading], [], [], TICK)
             for number in self._reading.recv(64) if ready else b"":
                 if number in SIGNALS:
