@@ -244,9 +244,8 @@ def refuse_missing_rows(rows: int, tokenizer: Any, where: str) -> None:
     Tokens that were added to the vocabulary may be without one, as Gemma 3's for an image: they are
     never drawn, and `refuse_ids` is for prompts that hold them.
     """
-    added = tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}
     beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
-    if beyond - added:
+    if beyond and beyond - (tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}):
         raise ConfigError(
             f"{where}: the tokenizer has ids up to {max(beyond)}, the model {rows} tokens; "
             "resize the model's embeddings"
