@@ -2,9 +2,16 @@
 
 import errno
 import io
+import math
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from reinforce.run import exits, folder
+from reinforce.run.update import Sums
 
 
 def test_a_full_disk_is_one_sentence_and_an_encoding_that_lacks_a_letter_no_traceback(capsys, monkeypatch):
@@ -18,3 +25,18 @@ def test_a_full_disk_is_one_sentence_and_an_encoding_that_lacks_a_letter_no_trac
 
 def test_of_two_log_dirs_the_last_one_is_the_run_s_for_the_lock_too():
     assert str(folder.log_dir_of(["--log-dir", "a", "--log-dir=b"])) == "b" and folder.log_dir_of(["x"]) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device without room")
+def test_an_exit_json_that_a_full_disk_does_not_take_is_not_left_empty(tmp_path):
+    (tmp_path / "exit.json").symlink_to("/dev/full")
+    exits.write_exit(tmp_path, 0, "done")
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_of_opposite_infinities_are_no_number_and_no_traceback(monkeypatch):
+    """`must_be_finite` then ends the run with a sentence."""
+    rollout = SimpleNamespace(logp=torch.zeros(1, 2))
+    sums = Sums(SimpleNamespace(advantage=torch.zeros(1), rollout=rollout), 0.2)
+    monkeypatch.setattr("reinforce.run.update.distributed.gather", lambda _: [(math.inf, 0.0), (-math.inf, 0.0)])
+    assert math.isnan(sums.over_ranks().loss)

@@ -450,7 +450,6 @@ def test_a_base_that_was_trained_again_in_its_place_is_another_one_to_the_hh_rec
     assert hh.key_of(str(tmp_path)) != first
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
 def test_a_process_of_another_user_exists():
-    code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom reinforce.run.children import exists\nos.setuid(65534)\nprint(exists(1))"
+    code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom reinforce.run.children import exists\nos.getuid() or os.setuid(65534)\nprint(exists(1))"
     assert script("-c", code).stdout == "True\n"

@@ -105,8 +105,11 @@ def test_smollm2_itself_on_a_team_of_three_has_the_responses_and_metrics_of_one_
     assert one == team and len(one) == 6
     for a, b, error in zip(untimed(tmp_path / "3"), untimed(tmp_path / "1"), (1e-5, 1e-3), strict=True):
         assert a.keys() == b.keys()  # AdamW's first step moves a weight by lr whatever its gradient, be it rounding alone
-        for key, value in b.items():  # step 1's KL is rounding alone
-            assert a[key] == pytest.approx(value, rel=error, abs=max(error, 5e-5)), (a["step"], key)
+        for key, value in b.items():
+            if key == "kl" and a["step"] == 1:  # rounding alone, of up to 12 log-probs of 1e-6 each, in both
+                assert max(abs(a[key]), abs(value)) <= 2.5e-5, (a[key], value)
+            else:
+                assert a[key] == pytest.approx(value, rel=error, abs=error), (a["step"], key)
 
 
 DIES = f"""
