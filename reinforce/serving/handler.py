@@ -23,7 +23,6 @@ from reinforce.serving.report import report
 from reinforce.serving.reward import Reward
 from reinforce.serving.server import Server
 
-ASK = "try /get_reward, /health, /info or /metrics"
 ROUTES = {"/health": "GET", "/info": "GET", "/metrics": "GET", "/get_reward": "POST"}
 STALE_SECONDS = 60.0  # a forward that takes longer is taken for dead
 MAX_IN_FLIGHT = 2048  # requests; fewer than connections, so that /health always has one
@@ -65,7 +64,7 @@ class RewardServer(Server):
         """As `Server.admit`; strangers, who may ask for /health, send no large body."""
         length = super().admit(head)
         if head.path not in ROUTES:
-            raise HttpError(404, "not_found", ASK)
+            raise HttpError(404, "not_found", "try /get_reward, /health, /info or /metrics")
         if length > SMALL and head.path != "/get_reward":
             raise HttpError(413, "too_large", f"at most {SMALL} bytes for {head.path:.80}")
         return length
@@ -82,8 +81,6 @@ class RewardServer(Server):
     def route(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
         """Answer one of the four. Raises HttpError."""
         path, service = request.head.path, self._service
-        if path not in ROUTES:
-            raise HttpError(404, "not_found", ASK)
         if request.head.method != ROUTES[path]:
             raise HttpError(405, "method_not_allowed", f"{path} takes {ROUTES[path]}")
         if service is None:
