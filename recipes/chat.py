@@ -20,7 +20,7 @@ from reinforce import device as devices
 from reinforce.data.prompts import tokenize
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
-from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer
+from reinforce.policy import context_length, end_tokens, load_policy, load_tokenizer, refuse_ids
 from reinforce.run.exits import run
 from reinforce.sampler import Sampling, row_seed, sample
 from reinforce.text import decoded, response_ids
@@ -82,6 +82,7 @@ def main() -> None:
                 f"a text of {len(prompt.ids)} tokens and --max-new-tokens {most} "
                 "exceed the policy's context; give a shorter text or fewer tokens"
             )
+        refuse_ids(model, [prompt.ids], f"--policy {config.policy}")
         with devices.autocast(device, bf16):
             seed = row_seed(config.seed, turn, 0, 0)
             out = sample(model, [prompt.ids], [seed], sampling, device)

@@ -39,6 +39,7 @@ from reinforce.policy import (
     end_tokens,
     load_policy,
     load_tokenizer,
+    refuse_ids,
     refuse_targets,
     with_template,
 )
@@ -250,6 +251,7 @@ def main() -> None:
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")
+    refuse_ids(model, [[*p, *a] for p, a in [*train, *val]], f"--model {config.model}")
     if config.lora_rank:
         adapted = lora.layers(blocks(model), model, config.lora_targets)
         lora.add(model, adapted, config.lora_rank, config.lora_alpha, config.seed)

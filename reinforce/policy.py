@@ -242,7 +242,7 @@ def refuse_missing_rows(rows: int, tokenizer: Any, where: str) -> None:
     """Raise ConfigError if the model's `rows` embeddings lack one for a token that it needs.
 
     Tokens that were added to the vocabulary may be without one, as Gemma 3's for an image: they are
-    never drawn, and `refuse_ids` is for prompts that hold them.
+    never drawn, and `refuse_ids` is for texts that hold them.
     """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= rows}
     if beyond and beyond - (tokenizer.added_tokens_decoder.keys() - {tokenizer.pad_token_id}):
@@ -252,12 +252,13 @@ def refuse_missing_rows(rows: int, tokenizer: Any, where: str) -> None:
         )
 
 
-def refuse_ids(rows: int, prompts: Iterable[Sequence[int]], where: str) -> None:
-    """Raise ConfigError if a prompt holds an id that has none of the model's `rows` embeddings."""
-    largest = max((i for ids in prompts for i in ids), default=0)
+def refuse_ids(model: Any, texts: Iterable[Sequence[int]], where: str) -> None:
+    """Raise ConfigError if one of the texts, token ids, holds one without an embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((i for ids in texts for i in ids), default=0)
     if largest >= rows:
         raise ConfigError(
-            f"{where}: a prompt holds the token {largest}, of the tokenizer alone: the model has "
+            f"{where}: a text holds the token {largest}, of the tokenizer alone: the model has "
             f"{rows}; leave it out, or resize the model's embeddings"
         )
 

@@ -202,16 +202,16 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
         load_policy(str(tmp_path), tokenizer, "cpu")
 
 
-def test_tokens_that_were_added_beyond_the_model_are_refused_only_in_a_prompt(tmp_path):
+def test_tokens_that_were_added_beyond_the_model_are_refused_only_in_a_text(tmp_path):
     """Gemma 3's text models have none for an image."""
     tokenizer = toy.make_tokenizer()
     rows = len(tokenizer)
     tiny_llama(vocabulary=rows).save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    load_policy(str(tmp_path), tokenizer, "cpu")
-    refuse_ids(rows, [tokenizer("anna on the pizza")["input_ids"]], "--policy X")
-    with pytest.raises(ConfigError, match=f"--policy X: a prompt holds the token {rows}"):
-        refuse_ids(rows, [tokenizer("anna on <image>")["input_ids"]], "--policy X")
+    model = load_policy(str(tmp_path), tokenizer, "cpu")
+    refuse_ids(model, [tokenizer("anna on the pizza")["input_ids"]], "--policy X")
+    with pytest.raises(ConfigError, match=f"--policy X: a text holds the token {rows}"):
+        refuse_ids(model, [tokenizer("anna on <image>")["input_ids"]], "--policy X")
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token_and_says_so(small, tmp_path, capsys):

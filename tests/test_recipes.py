@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, metrics, tiny_llama, train_here
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes import chat, compare, evaluate, fit, hh, sft, toy, train_rm
 from recipes.fit import Plan
@@ -427,6 +427,21 @@ def test_chat_replies_to_each_line_and_remembers_the_conversation(small, tmp_pat
     seen.clear()
     assert recipe(chat, "--policy", tmp_path / "p", "--max-new-tokens", "5", stdin="pizza\nhotel\n")[0] == 0
     assert [m["role"] for m in seen[1][0]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_chat_and_sft_refuse_a_token_that_the_model_has_no_embedding_for(tmp_path):
+    policy, examples = tmp_path / "policy", tmp_path / "e.jsonl"
+    tokenizer = toy.make_tokenizer()
+    LlamaForCausalLM(toy.make_config(tokenizer)).save_pretrained(policy)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(policy)
+    examples.write_text(json.dumps({"prompt": "anna on <image>", "completion": "pizza"}) + "\n")
+    for module, flags, stdin in (
+        (chat, ["--policy", policy], "anna on <image>\n"),
+        (sft, ["--model", policy, "--data", examples, "--out", tmp_path / "out"], ""),
+    ):
+        code, out = recipe(module, *flags, stdin=stdin)
+        assert code == 2 and "a text holds the token" in out, out
 
 
 @pytest.mark.slow

@@ -55,9 +55,8 @@ def load(inputs: Inputs) -> Actor:
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
     stored = inputs.policy if config.lora_rank else source  # where the whole weights are
     model = load_first(inputs, stored, load_device)
-    rows = cast(Any, model).get_input_embeddings().weight.shape[0]
     prompts = [p.ids for p in [*inputs.data.prompts, *inputs.data.held_out]]
-    refuse_ids(rows, prompts, f"{inputs.policy_flag} {inputs.policy}")
+    refuse_ids(model, prompts, f"{inputs.policy_flag} {inputs.policy}")
     if config.lora_rank:
         add_adapters(inputs, model)
     size = sum(w.numel() for w in model.parameters())
