@@ -43,6 +43,8 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, needed=("policy",), positive=("max_new_tokens", "temperature", "top_p"))
+        if self.top_p > 1:
+            raise ConfigError(f"--top-p is {self.top_p}; it must be at most 1")
 
 
 def main() -> None:

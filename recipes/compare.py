@@ -106,6 +106,8 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, positive=("seeds", "max_steps", "jobs"), not_negative=("noise_prompts",))
+        if self.noise_prompts == 1:
+            raise ConfigError("--noise-prompts must be 2 or more, or 0: one prompt has no variance")
         if self.seeds < 2:
             raise ConfigError("--seeds must be 2 or more: one run has no interval")
         flags = ("--policy", "--train-data", "--rm-host", "--rm-port")

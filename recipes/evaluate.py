@@ -283,7 +283,11 @@ def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
     Each list has one group of one response for every prompt, in the same order.
     """
     difference = [b - a for a, b in zip(rewards_of(before), rewards_of(after), strict=True)]
-    wins = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in difference]
+    # the same reply twice is a tie, whatever the rounding of its two rewards
+    said = [[(g.response, g.finished) for g in groups] for groups in (before, after)]
+    wins = [
+        0.5 if d == 0 or a == b else float(d > 0) for d, a, b in zip(difference, *said, strict=True)
+    ]
     divergence = None
     if after[0].kl:
         numbers = mean_and_error([group.kl[0] for group in after if group.kl])

@@ -10,6 +10,8 @@ import torch
 import reinforce
 
 K, BETA, CPU = 4, 0.05, torch.device("cpu")
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 folder, *prompts = sys.argv[1:]
 tokenizer = reinforce.load_tokenizer(folder)
 policy, reference = (reinforce.load_policy(folder, tokenizer, CPU) for _ in range(2))

@@ -28,7 +28,7 @@ from recipes.fit import Plan, fit
 from reinforce import device as devices
 from reinforce import lora
 from reinforce.data.preferences import Messages, conversation, flaw_of_reply, side
-from reinforce.data.records import BadLineError, columns, read_records
+from reinforce.data.records import BadLineError, columns, must_be_unicode, read_records
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
 from reinforce.guard import head_is_plain
@@ -115,6 +115,8 @@ def check_example(record: Any) -> Messages | tuple[str, str]:
     """A record as a chat, or as prompt and answer. Raises BadLineError."""
     if not isinstance(record, dict):
         raise BadLineError("not an object")
+    for key in ("messages", "prompt", "completion"):
+        must_be_unicode(key, record.get(key))
     if "chosen" in record:
         return side(record, "chosen")
     if "messages" in record:
@@ -156,7 +158,8 @@ def encode_example(
     if both[: len(prompt)] != prompt:  # a token spans the end of the prompt
         ids = continued(tokenizer, prompt, both, whole[len(before) :])
     n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return prompt, [*ids[:n], ids[n] if n < len(ids) else tokenizer.eos_token_id]
+    end = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return prompt, [*ids[:n], ids[n] if n < len(ids) else end]
 
 
 def continued(tokenizer: Any, prompt: list[int], both: list[int], answer: str) -> list[int]:
@@ -244,10 +247,9 @@ def main() -> None:
         encoded = [encode_example(tokenizer, ends, chat) for chat in part]
         data[name] = [e for e in encoded if len(e[0]) + len(e[1]) <= longest]
         kept, dropped = len(data[name]), len(encoded) - len(data[name])
-        limit = f"{longest} tokens (--max-length)"
-        print(f"{name}: {kept} examples; left out {dropped} longer than {limit}")
+        print(f"{name}: {kept} examples; left out {dropped} longer than {longest} tokens")
         if not data[name]:
-            raise ConfigError(f"{name}: every example is longer than --max-length {longest} tokens")
+            raise ConfigError(f"{name}: every example is longer than {longest} tokens")
     train, val = data["--data"][: config.max_examples], data.get("--val-data", [])
     device = devices.pick(config.device)
     model = load_policy(config.model, tokenizer, device, flag="--model")

@@ -11,6 +11,7 @@ deviation of the model's scores are stored in its config.json, and serve_rm.py s
 by them. With --lora-rank adapters and the head are trained, and merged before the model is saved.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from recipes.intervals import wilson
 from reinforce import adapter, lora
 from reinforce import device as devices
 from reinforce.data.preferences import Preference, read_pairs, split_by_opening
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, FailedError
 from reinforce.flags import flag, parse, refuse
 from reinforce.policy import blocks, context_length, load_tokenizer, with_template
 from reinforce.run.exits import run
@@ -39,6 +40,7 @@ from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new
 POSITIVE = ("lr", "epochs", "batch_size", "micro_batch_tokens", "max_length", "max_pairs")
 # the seed of the split: not that of recipes/hh.py, whose train.jsonl has none of its held-out side
 SPLIT = 1
+LARGEST_MARGIN = 1e6
 # token ids of prompt and chosen response, and of prompt and rejected response
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -108,6 +110,8 @@ class Config:
         """Raise ConfigError on the first combination that cannot work."""
         refuse(self, needed=("model", "pairs", "out"), positive=POSITIVE)
         lora.check_flags(self.lora_rank, self.lora_alpha, self.lora_targets)
+        if not 0 <= self.margin <= LARGEST_MARGIN:
+            raise ConfigError(f"--margin is {self.margin}; it must be from 0 to {LARGEST_MARGIN:g}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out is {self.held_out}; it must be between 0 and 1")
 
@@ -171,6 +175,8 @@ def standardise(
     """
     rewards = scores(model, sequences, pad_id, bf16)
     mean, std = rewards.mean().item(), rewards.std().item()
+    if not 0 < std < math.inf:
+        raise FailedError(f"the scores have a deviation of {std}: nothing to tell answers apart")
     cast(Any, model).config.reward_mean, cast(Any, model).config.reward_std = mean, std
     return mean, std
 
@@ -226,13 +232,14 @@ def main() -> None:
     tokenizer = with_template(load_tokenizer(config.model, "--model"), "--model")
     longest = min(config.max_length, context_length(config.model, "--model") or config.max_length)
     train, held_out = (encode_pairs(tokenizer, part, longest) for part in sides)
+    long = sum(map(len, sides)) - len(train) - len(held_out)
     train = train[: config.max_pairs]
     sizes = f"{len(train)} to train on, {len(held_out)} held out"
-    print(f"--pairs: {sizes}, of at most {longest} tokens")
+    print(f"--pairs: {sizes}; left out {long} of more than {longest} tokens")
     if not train or not held_out:
         raise ConfigError(
-            "--pairs: one side of the split is empty; "
-            "give more pairs, another --held-out or --max-length"
+            f"{'--pairs' if not train or config.test_pairs is None else '--test-pairs'}: one side "
+            "of the split is empty; give more pairs, another --held-out or --max-length"
         )
     device = devices.pick(config.device)
     torch.manual_seed(config.seed)

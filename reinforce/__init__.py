@@ -28,6 +28,7 @@ Four shelves; imports point one way, and tests/test_house.py holds them to it:
 As a library, recipes/library.py is one step on a model of one's own:
 
     from reinforce import Sampling, Scorer, k1, per_response, reinforce_loss, rloo, sample
+    from reinforce.objective import objective
 """
 
 import importlib

@@ -102,8 +102,10 @@ def grpo(reward: Tensor, valid: Tensor | None = None) -> Tensor:
 
     std divides by n - 1, n valid rows. The bias is in direction, not in length alone: a group's
     weight depends on its own rewards, so prompts whose rewards differ little count as much as those
-    where they differ a lot. On the enumerated language of the tests (K = 3) the cosine to the true
-    gradient is 0.84. See "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
+    where they differ a lot. On 40 random problems of one prompt, enumerated (K = 3), the cosine to
+    the true gradient is 0.97 in the median and 0.36 at least. Rewards of 0 and 1 are a special
+    case: of one prompt the gradient is that of an increasing function of P(reward 1). See
+    "DeepSeekMath", Shao et al. (2024, arXiv 2402.03300).
 
     >>> grpo(torch.tensor([[1.0, 3.0]]))
     tensor([[-0.7071,  0.7071]])
@@ -137,9 +139,8 @@ def remax(reward: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) ->
 class Ema:
     """Moving average of past rollouts: A = R - b. Unbiased.
 
-    Then b <- decay * b + (1 - decay) * mean(valid R). b starts at 0 and is not bias-corrected: a
-    value taken from the first batch would depend on the very rows it is subtracted from. See
-    Williams (1992), "reinforcement comparison".
+    Then b <- decay * b + (1 - decay) * mean(valid R). b starts at 0 and is not corrected for it, so
+    the first rollouts have little baseline. See Williams (1992), "reinforcement comparison".
 
     >>> baseline = Ema(decay=0.9)
     >>> baseline(torch.tensor([[1.0, 3.0]])), round(baseline.value, 6)

@@ -5,8 +5,9 @@
 k1 is what training uses: summed over a response and put into the reward, its REINFORCE gradient is
 exactly the gradient of KL(pi || pi_ref). k3 has the same mean and, while pi is near pi_ref, less
 variance, so it estimates the value better; where pi_ref likes what pi seldom samples, exp(-d) makes
-it far noisier. As a reward its gradient is wrong: cosine 0.72 to the true one on the enumerated
-language of the tests. k2 and k3 are here to be compared; training does not use them.
+it far noisier. As a reward its gradient is wrong: its cosine to the true one, on 40 random problems
+of the tests' enumerated language, is 0.22 in the median and between -0.94 and 0.99. k2 and k3 are
+here to be compared; training does not use them.
 
 See "Approximating KL Divergence", Schulman (2020, http://joschu.net/blog/kl-approx.html). Left out:
 KL as a loss term, whose k1 form has gradient 0 in expectation.

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from reinforce.baselines import BASELINES, Baseline
 from reinforce.errors import ConfigError, FailedError
-from reinforce.plugin import load_named
+from reinforce.plugin import blame, load_named
 
 
 def is_own(name: str) -> bool:
@@ -46,9 +47,10 @@ class OwnBaseline(Baseline):
         """objective, valid (P, K) -> advantage (P, K). Raises OwnBaselineError."""
         try:
             advantage = self.function(objective.clone(), valid.clone())
+            json.dumps(self.state, allow_nan=False)
         except (Exception, SystemExit) as error:  # the file's code raises what it likes
             raise OwnBaselineError(
-                f"--baseline {self.name}: it raises {type(error).__name__}: {error}"
+                f"--baseline {self.name}: {blame(error, Path(self.name.rpartition(':')[0]))}"
             ) from error
         if reason := flaw(advantage, valid):
             raise OwnBaselineError(f"--baseline {self.name}: {reason}")
@@ -161,8 +163,10 @@ def _check_state(function: Any, refusal: Callable[[str], ConfigError]) -> None:
         return
     try:
         written = json.dumps(function.state, allow_nan=False)
-        function.state = json.loads(written)
-        same = json.dumps(function.state) == written
+        read = json.loads(written)
+        same = read == function.state  # not of a tuple, or of a dictionary with numbers as keys
+        function.state = read
+        same = same and json.dumps(function.state) == written
     except Exception as error:  # a property may raise anything
         raise refusal(
             f"its state must be a JSON value that can be read and set ({error})"

@@ -89,12 +89,19 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
     """
     from transformers import GenerationConfig
 
-    ids: set[int] = set()
+    base = adapter.base_of(name, flag)
     try:
-        listed = GenerationConfig.from_pretrained(adapter.base_of(name, flag)).eos_token_id
-    except OSError:  # a checkpoint without generation_config.json
+        listed = GenerationConfig.from_pretrained(base).eos_token_id
+    except Exception as error:  # a bad file makes transformers raise what it likes
+        if not isinstance(error, OSError) or (Path(base) / "generation_config.json").exists():
+            raise ConfigError(
+                f"{flag} {name}: transformers refuses its generation_config.json "
+                f"({first_line(error)})"
+            ) from error
         listed = read_config(name, flag).get_text_config().eos_token_id
-    ids.update([listed] if isinstance(listed, int) else listed or [])
+    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ConfigError(f"{flag} {name}: its eos_token_id is {listed!r}; it must be token ids")
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:

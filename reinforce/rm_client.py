@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reinforce.errors import ConfigError, RetryError
-from reinforce.rm_connection import Connection, Reply, RewardError, TryAgainError
+from reinforce.rm_connection import LATE, RETRIED, Connection, Reply, RewardError, TryAgainError
 from reinforce.rm_reply import (
     ServerInfo,
     index_of,
@@ -24,7 +24,6 @@ from reinforce.rm_reply import (
     truncated_of,
 )
 
-RETRIED = (408, 429, 502, 503, 504)
 # the server's word on a text: asking again would bring it again
 REFUSED = (400, 413, 422, 500, 507)
 PROBE = "hello"
@@ -78,15 +77,21 @@ class RewardClient:
         self.url = f"http://{host}:{port}"
         self._fingerprint, self._timeout, self._deadline = fingerprint, timeout, deadline
         self._connection = Connection(host, port, token, self._check_same_model)
-        self.stopped: Callable[[], bool] = lambda: (
-            False
-        )  # once it is true, no request is tried again
         self._info: ServerInfo | None = None
         self._max_body = ServerInfo.max_body
         self._most = sys.maxsize  # texts of a request, half of one that was too late
         self._end: float | None = None  # of the tries since the last answer
         self._requests = 0
         self.truncated = 0  # texts that the server has cut so far
+
+    @property
+    def stopped(self) -> Callable[[], bool]:
+        """Whether the run is to stop: then no request is tried again, and none waits long."""
+        return self._connection.stopped
+
+    @stopped.setter
+    def stopped(self, stopped: Callable[[], bool]) -> None:
+        self._connection.stopped = stopped
 
     @property
     def fingerprint(self) -> str | None:
@@ -305,8 +310,7 @@ class RewardClient:
         except http.client.HTTPException as error:
             raise TryAgainError(f"not an HTTP reply ({type(error).__name__})") from error
         if reply.status in RETRIED:
-            late = reply.status == http.HTTPStatus.GATEWAY_TIMEOUT
-            raise TryAgainError(f"HTTP {reply.status}", reply.pause, late)
+            raise TryAgainError(f"HTTP {reply.status}", reply.pause, reply.status in LATE)
         if reply.status != 200:
             said = f"{self.url}{path} answered HTTP {reply.status}: {message_of(reply.body)}"
             if reply.status in REFUSED and path == "/get_reward":

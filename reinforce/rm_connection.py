@@ -17,6 +17,10 @@ from typing import Any, cast
 from reinforce.errors import ConfigError, FailedError
 
 MAX_REPLY = 64 << 20  # bytes
+RETRIED = (408, 429, 502, 503, 504)  # statuses that another try may cure
+LATE = (408, 504)  # those of them that say that something took too long
+GLANCE = 1.0  # seconds between two looks whether the run is to stop
+AFTER_STOP = 10.0  # seconds that a run that is to stop still waits for a reply
 
 
 def read_token() -> str | None:
@@ -73,26 +77,39 @@ class Reply:
     pause: float  # Retry-After, seconds; 0 without one
 
 
+def pause_of(response: http.client.HTTPResponse) -> float:
+    """Seconds of Retry-After; 0 without one."""
+    after = response.getheader("Retry-After") or ""
+    return float(after) if re.fullmatch(r"[0-9]{1,9}", after) else 0.0
+
+
 class _DeadlineSocket(socket.socket):
     """Every call ends at one instant, `limit`, however many calls there are.
 
-    A time-out alone would start anew with each byte.
+    A time-out alone would start anew with each byte. A run that is to stop does not wait to the
+    end: its finished steps are not saved yet.
     """
 
     limit = 0.0  # a time.monotonic()
+    watched: "Connection"
 
-    def _left(self) -> None:
+    def _left(self) -> float:
         left = self.limit - time.monotonic()
         if left <= 0:
             raise TimeoutError("the exchange did not end in time")
-        self.settimeout(left)
+        return left
 
     def recv_into(self, *args: Any, **named: Any) -> int:
-        self._left()
-        return super().recv_into(*args, **named)
+        while True:
+            self.settimeout(min(self._left(), GLANCE))
+            try:
+                return super().recv_into(*args, **named)
+            except TimeoutError:
+                if self.watched.stopped():
+                    self.limit = min(self.limit, time.monotonic() + AFTER_STOP)
 
     def sendall(self, *args: Any) -> None:
-        self._left()
+        self.settimeout(self._left())
         super().sendall(*args)
 
 
@@ -108,6 +125,7 @@ class Connection:
         """
         self.url = f"http://{host}:{port}"
         self._address, self._token, self._before_post = (host, port), token, before_post
+        self.stopped: Callable[[], bool] = lambda: False  # whether the run is to stop
         self._connection: http.client.HTTPConnection | None = None
         self._vetted = False  # `before_post` has passed since it was opened
 
@@ -154,15 +172,9 @@ class Connection:
                 late = isinstance(error, TimeoutError)
                 raise TryAgainError(str(error) or type(error).__name__, late=late) from error
             kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
-            after = response.getheader("Retry-After") or ""
             if response.will_close:
                 self._close()
-            return Reply(
-                response.status,
-                kind,
-                data,
-                float(after) if re.fullmatch(r"[0-9]{1,9}", after) else 0.0,
-            )
+            return Reply(response.status, kind, data, pause_of(response))
         raise AssertionError("unreachable")
 
     def _connected(self, limit: float) -> http.client.HTTPConnection:
@@ -176,6 +188,7 @@ class Connection:
                 plain.family, plain.type, plain.proto, fileno=plain.detach()
             )
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sock.watched = self
             self._connection, self._vetted = connection, False
         cast(_DeadlineSocket, self._connection.sock).limit = limit
         return self._connection
@@ -185,6 +198,9 @@ class Connection:
         for name in ("Transfer-Encoding", "Content-Encoding"):
             if value := response.getheader(name):
                 self._close()
+                if response.status in RETRIED:  # a proxy's page, which is not needed
+                    late = response.status in LATE
+                    raise TryAgainError(f"HTTP {response.status}", pause_of(response), late)
                 raise RewardError(
                     f"the reply of {self.url} has {name} {value[:60]!r}, which is not taken"
                 )

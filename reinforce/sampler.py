@@ -4,9 +4,9 @@
 
 Each row draws from a random generator of its own, seeded by a hash of (seed, step, prompt, k), so
 what it draws does not depend on its neighbours, the batch size or the number of ranks, and there is
-no random state to save. A prompt runs through the model once and its K responses share the cache;
-rows that have ended leave the batch. Which tokens belong to a response is kept as a length, never
-read back from token ids: the pad token may well be an end token.
+no random state to save. A prompt runs through the model once and its K responses start from
+copies of its cache; rows that have ended leave the batch. Which tokens belong to a response is kept
+as a length, never read back from token ids: the pad token may well be an end token.
 """
 
 import hashlib
@@ -104,14 +104,14 @@ def sample_token(probs: Tensor, coins: Tensor) -> Tensor:
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Mask logits (B, V) but those of the `top_k` likeliest tokens (0: all) within `top_p`.
 
-    `top_p`: the fewest tokens whose probability reaches it.
+    `top_p`: the fewest tokens whose probability reaches it, as a share of the `top_k`'s.
     """
     ordered, index = logits.sort(-1, descending=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
     probability = ordered.softmax(-1)  # (B, V)
     likelier = probability.cumsum(-1) - probability  # (B, V), mass of the likelier ones
-    drop = likelier >= top_p
-    if top_k:
-        drop[:, top_k:] = True
+    drop = (likelier >= top_p) | (ordered == -torch.inf)
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
 

@@ -45,6 +45,7 @@ def made(tied, norms=False):
         }
         config = Qwen3Config(vocab_size=51, num_hidden_layers=2, tie_word_embeddings=tied, max_position_embeddings=128, **sizes)
         model = without_dropout(Qwen3ForCausalLM(config))
+        model.config.tie_word_embeddings = True  # wrong, as in a folder whose head was untied later
     else:
         model = tiny_llama(vocabulary=51, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, **heads)
     draw = torch.Generator().manual_seed(1)

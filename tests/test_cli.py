@@ -60,6 +60,7 @@ def test_the_seeds_spellings_of_the_baselines_are_accepted():
 def test_a_preset_changes_defaults_and_a_flag_of_your_own_wins():
     seed = parse(TrainConfig, "", ["--preset", "nemo-aligner"])
     assert (seed.kl, seed.kl_reduce, seed.loss_norm, seed.global_batch_size, seed.baseline) == ("abs", "mean", "length", 16, "rloo")
+    assert (seed.truncated, seed.min_new_tokens, seed.adam_betas) == ("drop", 1, (0.9, 0.98))
     assert (seed.lr, seed.min_lr, seed.weight_decay, seed.initial_policy_kl_penalty, seed.max_steps) == (
         1e-6,
         None,
@@ -179,6 +180,16 @@ def test_end_tokens_without_a_generation_config_are_those_of_the_models_config(s
 
     policy = broken_policy(tmp_path / "p", small, list_two)
     assert end_tokens(policy, load_tokenizer(policy)) == (2, 7)
+
+
+@pytest.mark.parametrize("content", [
+    '{"num_return_sequences": 3}', '{"eos_token_id": "2"}', '{"eos_token_id": [2, -1]}', '{"max_new_tokens": 0}', "{", "[]",
+])  # fmt: skip
+def test_a_generation_config_that_cannot_be_used_is_refused_in_one_sentence(small, tmp_path, content):
+    policy = broken_policy(tmp_path / "p", small, lambda f: (f / "generation_config.json").write_text(content))
+    with pytest.raises(ConfigError, match=r"generation_config\.json|eos_token_id") as refused:
+        end_tokens(policy, load_tokenizer(policy))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_without_a_language_head_is_refused(small):

@@ -78,7 +78,7 @@ def test_rewards_come_back_in_order_and_requests_are_split_to_the_servers_limit(
     assert [len(p["query"]) for p in s.posts] == [3, 3, 1] and [len(p["finished"]) for p in s.posts] == [3, 3, 1]
 
 
-@pytest.mark.parametrize("late", [reply({"error": "late"}, 504), None], ids=["504", "no answer"])
+@pytest.mark.parametrize("late", [reply({"error": "late"}, 504), reply({}, 408), None], ids=["504", "408", "no answer"])
 def test_a_request_that_is_not_answered_in_time_is_asked_in_halves(server, late):
     """A slow reward and many ranks: all would be late together, ask for the same again, and never get anything."""
 
@@ -135,6 +135,25 @@ def test_statuses_that_may_pass_are_tried_again(server, status):
     s = server(reply({}, status), reply({}, status), good)
     assert client(s, deadline=10).rewards(query=["abc"]) == [3.0]
     assert len(s.posts) == 3 and s.posts[0] == s.posts[2]
+
+
+def test_a_page_in_chunks_of_a_proxy_without_its_server_is_tried_again(server):
+    page = b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nbad\r\n0\r\n\r\n"
+    s = server(page, good)
+    assert client(s, deadline=10).rewards(query=["abc"]) == [3.0] and len(s.posts) == 2
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_a_server_that_hangs(server, monkeypatch):
+    """torchrun kills a job 30 s after a signal, and the finished steps are saved only when the loop is left."""
+    monkeypatch.setattr("reinforce.rm_connection.GLANCE", 0.05)
+    monkeypatch.setattr("reinforce.rm_connection.AFTER_STOP", 0.3)
+    s = server(lambda request, connection: time.sleep(20))
+    c = client(s, timeout=20.0, deadline=60.0)
+    began = time.monotonic()
+    c.stopped = lambda: time.monotonic() > began + 0.5
+    with pytest.raises(RetryError, match="stopped while reward server"):
+        c.rewards(query=["a", "b"])
+    assert 0.7 < time.monotonic() - began < 10
 
 
 def test_retry_after_is_honoured(server):

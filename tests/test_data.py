@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from recipes import toy
+from recipes import sft, toy
 from reinforce.data.prompts import check_record, step_prompts, steps_per_epoch, tokenize
 from reinforce.data.records import BadLineError, read_records
 from reinforce.errors import ConfigError
@@ -99,7 +99,19 @@ def test_the_toys_grammar_knows_the_sentiment_of_its_own_reviews_only(seed):
     assert json.loads(json.dumps(review)) == review
 
 
-@pytest.mark.parametrize("record", [{"prompt": "a \ud800 b"}, {"messages": [{"role": "user", "content": "\udfff"}]}])
+@pytest.mark.parametrize("record", [
+    {"prompt": "a \ud800 b"}, {"messages": [{"role": "user", "content": "\udfff"}]},
+    {"messages": [{"role": "user", "content": "a", "name": "\ud800"}]},
+])  # fmt: skip
 def test_half_a_surrogate_pair_is_a_bad_line(record):
     with pytest.raises(BadLineError, match="half of a surrogate pair"):
         check_record(record)
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "a", "completion": "\ud800"}, {"prompt": "\ud800", "completion": "b"}, {"prompt": "a", "chosen": "\ud800", "rejected": "c"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud800"}]},
+])  # fmt: skip
+def test_half_a_surrogate_pair_is_a_bad_example_of_sft(record):
+    with pytest.raises(BadLineError, match="half of a surrogate pair"):
+        sft.check_example(record)

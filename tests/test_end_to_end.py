@@ -80,7 +80,7 @@ def test_launch_trains_the_toy_against_the_served_reward_model_and_the_reward_ri
 
 def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
     run, out = toy_run
-    assert any(line.startswith("device ") and " threads · 1 ranks" in line for line in out.splitlines()[:5])
+    assert any(line.startswith("device ") and line.endswith(" · 1 rank") for line in out.splitlines()[:5])
     for word in ("warning", "Warning", "deprecated", "Traceback", "OMP_NUM_THREADS"):
         assert word not in out
     assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"\ncurves       {run}/curves.png\n" in out

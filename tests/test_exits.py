@@ -2,7 +2,10 @@
 
 import errno
 import io
+import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reinforce.errors import ConfigError
 from reinforce.run import exits, folder
 from reinforce.run.update import Sums
 
@@ -32,6 +36,34 @@ def test_an_exit_json_that_a_full_disk_does_not_take_is_not_left_empty(tmp_path)
     (tmp_path / "exit.json").symlink_to("/dev/full")
     exits.write_exit(tmp_path, 0, "done")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reason_with_bytes_that_are_no_text_is_written_all_the_same(tmp_path):
+    exits.write_exit(tmp_path, 2, "--policy /tmp/bad\udcff: π is not there")
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 2, "reason": "--policy /tmp/bad\udcff: π is not there"}
+
+
+def test_a_signal_after_the_end_of_a_run_changes_neither_code_nor_reason(tmp_path, monkeypatch):
+    """torchrun sends one to the other ranks of a rank that fails."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    monkeypatch.setattr(sys, "argv", ["train.py", "--log-dir", str(tmp_path / "run")])
+    written = exits.write_exit
+
+    def late(folder, code, reason):
+        os.kill(os.getpid(), signal.SIGTERM)
+        written(folder, code, reason)
+
+    monkeypatch.setattr(exits, "write_exit", late)
+
+    def body(life):
+        raise ConfigError("it is wrong")
+
+    try:
+        assert exits.run_in_folder(body) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert json.loads((tmp_path / "run/exit.json").read_text()) == {"code": 2, "reason": "it is wrong"}
 
 
 def test_losses_of_opposite_infinities_are_no_number_and_no_traceback(monkeypatch):

@@ -90,7 +90,7 @@ def branches(function):
 
 
 def test_the_loop_stays_short_enough_to_hold_in_the_head():
-    """style.md's measure: `train` in 60 lines with 8 branches, and with `judge` and `backward` in 110."""
+    """`train` in 60 lines with 8 branches, and with `judge` and `backward` in 110."""
     functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if isinstance(node, ast.FunctionDef)}
     lines = {name: functions[name].end_lineno - functions[name].lineno + 1 for name in ("train", "judge", "backward")}
     assert lines["train"] <= 60 and sum(lines.values()) <= 110, lines

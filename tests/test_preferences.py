@@ -61,6 +61,7 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out(tmp_path, record, rea
     {"chosen": "\n\nAssistant: first", "rejected": "\n\nAssistant: first"}, {"chosen": 3, "rejected": 4}, [1],
     {"chosen": [{"role": "user"}], "rejected": []}, {"prompt": "text", "chosen": dialogue("a", "b"), "rejected": dialogue("a", "c")},
     {"prompt": " ", "chosen": "b", "rejected": "c"}, {"prompt": 3, "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 1, "rejected": "c"},
+    {"prompt": "a", "chosen": "b \ud800", "rejected": "c"}, {"chosen": dialogue("a \udfff", "b"), "rejected": dialogue("a \udfff", "c")},
     {"prompt": "text", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": "c"},
 ])  # fmt: skip
 def test_a_malformed_pair_is_named_by_file_and_line(tmp_path, record):
@@ -161,6 +162,13 @@ def test_a_prompt_that_both_replies_repeat_counts_once():
     sides = {name: [hi, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     assert parse_pair({"prompt": [hi], **sides}).prompt == parse_pair(sides).prompt == [hi]
     assert parse_pair({"prompt": [hi], **{name: said[1:] for name, said in sides.items()}}).prompt == [hi]
+    odd = [{"role": "user", "content": "Hi ", "name": "x"}]  # the same words
+    assert parse_pair({"prompt": odd, **sides}).prompt == [hi]
+    system = {"role": "system", "content": "Be kind."}
+    for first in ([system, hi], [{"role": "user", "content": "Ho"}]):  # not the prompt, and not what follows it
+        other = {name: [*first, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        with pytest.raises(BadLineError, match='neither begins with "prompt" nor goes on where it ends'):
+            parse_pair({"prompt": [hi], **other})
     with pytest.raises(BadLineError, match='begins with its whole "prompt"'):
         parse_pair({"prompt": "Q: How much is 2+2? A:", "chosen": "Q: How much is 2+2? A: 4", "rejected": "5"})
     assert parse_pair({"prompt": "Hi", "chosen": "Hi there!", "rejected": "What?"}).chosen == "Hi there!"

@@ -321,9 +321,28 @@ def test_a_run_on_the_toy_s_policy_is_judged_by_the_toy_s_reward_only_if_that_tr
 
 def test_a_win_on_every_prompt_is_no_certainty():
     """A bootstrap of equal values has no width; Wilson's interval has, and ties are half a win."""
-    lost, won = (evaluate.Group(0, "p", ["r"], [reward], None, [reward], [True], [3], [True], [0.0]) for reward in (0.0, 1.0))
+    lost, won, other = (evaluate.Group(0, "p", [said], [reward], None, [reward], [True], [3], [True], [0.0])
+                        for said, reward in (("a", 0.0), ("b", 1.0), ("c", 0.0)))  # fmt: skip
     assert evaluate.compare([lost] * 16, [won] * 16)["win_rate"]["interval"] == pytest.approx((0.806, 1.0), abs=1e-3)
-    assert evaluate.compare([lost] * 16, [lost] * 16)["win_rate"]["mean"] == 0.5
+    assert evaluate.compare([lost] * 16, [other] * 16)["win_rate"]["mean"] == 0.5
+
+
+def test_the_same_reply_twice_is_a_tie_whatever_the_rounding_of_its_rewards():
+    first, again, cut = (evaluate.Group(0, "p", ["r"], [r], None, [r], [True], [3], [f], [0.0])
+                         for r, f in ((1.0, True), (1.0 + 1e-7, True), (1.5, False)))  # fmt: skip
+    assert evaluate.compare([first], [again])["win_rate"]["mean"] == 0.5
+    assert evaluate.compare([first], [cut])["win_rate"]["mean"] == 1.0
+
+
+@pytest.mark.parametrize(("module", "flags", "said"), [
+    (chat, ["--policy", "x", "--top-p", "2"], "--top-p is 2.0; it must be at most 1"),
+    (compare, ["--noise-prompts", "1"], "--noise-prompts must be 2 or more"),
+    (train_rm, ["--model", "x", "--pairs", "y", "--out", "z", "--margin", "nan"], "--margin is nan"),
+    (train_rm, ["--model", "x", "--pairs", "y", "--out", "z", "--margin", "inf"], "--margin is inf"),
+])  # fmt: skip
+def test_values_that_could_only_train_or_measure_nonsense_are_refused(module, flags, said):
+    code, out = recipe(module, *flags)
+    assert code == 2 and said in out and "Traceback" not in out
 
 
 def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_llama
 from hypothesis import given
 from torch import nn
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforce.rollout import join, micro_batches
 from reinforce.sampler import Sampling, completes, draw_coins, keep_likely, row_seed, sample, sample_in_batches, sample_token
@@ -197,6 +198,15 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
     assert kept(0, 0.6) == [True, True, False, False]
     assert kept(0, 0.01) == [True, False, False, False]
     assert kept(0, 1.0) == [True] * 4
+
+
+@pytest.mark.parametrize(("k", "p"), [(3, 0.7), (20, 0.8), (5, 1.0), (0, 0.5)])
+def test_top_k_with_top_p_is_that_of_generate(k, p):
+    """First top k, then top p of what is left."""
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    theirs = TopKLogitsWarper(k)(None, logits) if k else logits
+    theirs = TopPLogitsWarper(p)(None, theirs) if p < 1 else theirs
+    assert torch.equal(keep_likely(logits.clone(), k, p), theirs)
 
 
 def test_temperature_scales_the_logits_that_are_sampled():

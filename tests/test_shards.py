@@ -43,6 +43,20 @@ def test_another_shape_and_a_name_of_the_hub_are_loaded_whole(tmp_path):
     assert shards.build("somebody/model") is None
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_a_folder_with_other_safetensors_beside_the_model_s_is_loaded_whole(tmp_path, index):
+    """A reader of all files would take some of its weights from the others, without a word."""
+    tiny_llama().save_pretrained(tmp_path, **({"max_shard_size": "10KB"} if index else {}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == index and shards.build(str(tmp_path)) is not None
+    other = next(tmp_path.glob("*.safetensors"))
+    shutil.copy(other, tmp_path / "backup-model.safetensors")
+    assert shards.build(str(tmp_path)) is None
+    (tmp_path / "backup-model.safetensors").rename(
+        tmp_path / ("model.safetensors" if index else "model-00001-of-00001.safetensors")
+    )
+    assert shards.build(str(tmp_path)) is None
+
+
 def test_parameters_have_memory_again_after_a_build(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     shards.build(str(tmp_path))

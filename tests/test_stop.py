@@ -30,6 +30,23 @@ def test_a_signal_while_a_model_loads_is_code_75_though_libraries_errors_are_cau
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 75
 
 
+def test_a_terminal_that_closes_stops_a_run_unless_nohup_has_it_ignored():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.reason is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = Stop()
+        stop.in_loop = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.reason == "SIGHUP"
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_a_second_signal_before_the_first_step_is_not_a_second_end():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
@@ -120,7 +137,7 @@ def test_a_baseline_that_fails_leaves_the_state_of_the_last_finished_step(flags,
         "counting = Counting()\n"
     )
     own = [*flags, "--baseline", f"{tmp_path}/b.py:counting", "--val-check-interval", "99"]
-    assert "it raises ValueError: once" in go(own, tmp_path / "run", 4, code=1)
+    assert "b.py line 7: ValueError: once" in go(own, tmp_path / "run", 4, code=1)
     (folder,) = checkpoint.checkpoints_of(tmp_path / "run")
     assert checkpoint.state(folder)["step"] == checkpoint.state(folder)["baseline"] == 2
     (tmp_path / "mended").touch()

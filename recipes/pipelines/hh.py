@@ -82,10 +82,11 @@ def pipeline(job: Job, words: list[str]) -> None:
         *("--val-data", data / "validation.jsonl", *settings, *words),
     )
     print("== evaluate", flush=True)
+    tokens = max(96, int(taken("--max-new-tokens", words, "96")[0]))
     job.run(
         "recipes/evaluate.py",
         *("--run", job.folder, "--test-data", data / "test.jsonl", "--max-prompts", size.tests),
-        *("--max-new-tokens", 96, "--rm-host", job.address[0], "--rm-port", job.address[1]),
+        *("--max-new-tokens", tokens, "--rm-host", job.address[0], "--rm-port", job.address[1]),
     )
 
 

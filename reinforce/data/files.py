@@ -187,7 +187,7 @@ def parquet_rows(path: str) -> Iterator[Item]:
                 for value in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", value
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a date beyond Python's
         raise BadSourceError(
             f"{path}: not a parquet file, or a damaged one ({first_line(error)})"
         ) from error

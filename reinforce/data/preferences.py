@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.data.records import BadLineError, columns, read_records
+from reinforce.data.records import BadLineError, columns, must_be_unicode, read_records
 from reinforce.errors import ConfigError
 from reinforce.text import is_chat
 
@@ -70,17 +70,27 @@ def conversation(value: Any) -> Messages:
     return list(messages)
 
 
+def said(messages: Messages) -> list[tuple[str, str]]:
+    """Who says what, without space around it and whatever else a message may hold."""
+    return [(m["role"], m["content"].strip()) for m in messages]
+
+
 def side(record: dict[str, Any], key: str) -> Messages:
     """The whole conversation of one side of a pair, "chosen" or "rejected".
 
     Raises BadLineError, or UnusablePairError if nothing can be learned from it.
     """
     prompt, reply = record.get("prompt"), record[key]
+    must_be_unicode(key, reply)
+    must_be_unicode("prompt", prompt)
     if prompt is None:
         return conversation(reply)
     if is_chat(prompt) and is_chat(reply):
-        once_more = reply[: len(prompt)] == prompt
-        return conversation(reply if once_more else [*prompt, *reply])
+        if said(reply[: len(prompt)]) == said(prompt):  # the prompt once more
+            return conversation(reply)
+        if reply[0]["role"] in ("system", prompt[-1]["role"]):
+            raise BadLineError(f'"{key}" neither begins with "prompt" nor goes on where it ends')
+        return conversation([*prompt, *reply])
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(reply, str | list):
         raise BadLineError(f'"prompt" and "{key}" must be texts, or lists of {{"role", "content"}}')
     if isinstance(reply, str) and not reply.startswith(DIALOGUE):

@@ -1,6 +1,6 @@
 """Prompts: what a record must be, their token ids, and the order they are taken in.
 
-One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the seed's key) or
+One prompt is `{"prompt": str}`, `{"text": str}` (the same thing, the tutorial's key) or
 `{"messages": [{"role", "content"}, ...]}`, with an optional "label" for the reward. A "prompt" that
 is a list is messages. Of a preference pair, `{"chosen", "rejected"}`, the prompt is what both reply
 to. Which prompts belong to step n is a function of (seed, n): a permutation per epoch, each prompt
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from reinforce.data.preferences import side
-from reinforce.data.records import BadLineError, columns
+from reinforce.data.records import BadLineError, columns, must_be_unicode
 from reinforce.errors import ConfigError
 from reinforce.sampler import row_seed
 from reinforce.text import Prompt, encode, is_chat, render
@@ -98,20 +98,6 @@ def prompt_of(record: dict[str, Any], prompt_key: str | None) -> tuple[str, Any]
             f"no {wanted}; {columns(record)}: --prompt-key names the column of the prompt"
         )
     return named[0], record[named[0]]
-
-
-def must_be_unicode(key: str, value: str | list[dict[str, str]]) -> None:
-    """Raise BadLineError on half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    parts = (
-        [value] if isinstance(value, str) else [m[p] for m in value for p in ("role", "content")]
-    )
-    for text in parts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadLineError(
-                f'"{key}" holds half of a surrogate pair, {error.object[error.start]!r}'
-            ) from error
 
 
 def must_be_json(key: str, value: Any) -> None:

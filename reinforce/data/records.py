@@ -1,5 +1,6 @@
 """Records in: each line or row of a source, checked; a bad one is named, or left out."""
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ from reinforce.data.files import BadLineError, BadSourceError
 from reinforce.data.sources import items
 from reinforce.errors import ConfigError
 
-__all__ = ["BadLineError", "columns", "read_records"]
+__all__ = ["BadLineError", "columns", "must_be_unicode", "read_records"]
 
 T = TypeVar("T")
 
@@ -19,6 +20,18 @@ def columns(record: dict[str, Any]) -> str:
     'it has "question", "answer"'
     """
     return "it has " + (", ".join(f'"{key}"' for key in record) or "nothing")
+
+
+def must_be_unicode(key: str, value: Any) -> None:
+    """Raise BadLineError on half of a surrogate pair, which JSON can spell and UTF-8 cannot.
+
+    `value` is a text, or messages and whatever texts they hold.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BadLineError(f'"{key}" holds half of a surrogate pair, {half!r}') from error
 
 
 def read_records(

@@ -70,7 +70,7 @@ class Requested:
 
 @dataclass(frozen=True)
 class Actor:
-    """What set-up makes. All its verbs but `respond` are for every rank at the same time."""
+    """What set-up makes. All its verbs but `respond` and `ask` are for every rank together."""
 
     config: TrainConfig
     tokenizer: Any

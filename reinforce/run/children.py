@@ -173,7 +173,7 @@ class Signals:
         self.first, self.at = signal.Signals(number).name, time.monotonic()
         if self.trainer is not None:
             self.tell_trainer(self.first)
-            say(f"{self.first}: the actor ends after this step and saves")
+            say(f"{self.first}: the actor is asked to end after this step and to save")
 
     def tell_trainer(self, name: str) -> None:
         """Ask the trainer, by a signal, to save and end."""

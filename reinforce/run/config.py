@@ -35,6 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl": "abs",
         "kl_reduce": "mean",
         "loss_norm": "length",
+        "truncated": "drop",
+        "min_new_tokens": 1,
+        "adam_betas": (0.9, 0.98),
     }
 }
 
@@ -141,8 +144,8 @@ class TrainConfig:
     baseline: str = flag(
         "rloo",
         "objective",
-        f"what is subtracted from the objective: {', '.join(BASELINES)}, or FILE.py:NAME, "
-        "a function f(R, valid) of your own",
+        f"what is subtracted from the objective: {', '.join(BASELINES)} (the last two are biased), "
+        "or FILE.py:NAME, a function f(R, valid) of your own",
         type=baseline_name,
     )
     initial_policy_kl_penalty: float = flag(
@@ -177,7 +180,7 @@ class TrainConfig:
         "sequence",
         "objective",
         "what the loss is a mean of; sequence: token sums, over rows; token: tokens, over all; "
-        "length: token means, over rows (as in the tutorial)",
+        "length: token means, over rows, as in the tutorial (token and length: biased)",
         choices=("sequence", "token", "length"),
     )
     ratio_clip: float = flag(
@@ -192,7 +195,10 @@ class TrainConfig:
     num_rollout_samples: int = flag(16, "batch sizes", "P, prompts per step over all ranks")
     num_rollouts_per_prompt: int = flag(4, "batch sizes", "K, responses per prompt")
     global_batch_size: int | None = flag(
-        None, "batch sizes", "responses per optimizer step over all ranks (default: P*K)"
+        None,
+        "batch sizes",
+        "responses per optimizer step over all ranks; below P*K later steps take the clipped ratio "
+        "(biased; default: P*K)",
     )
     micro_batch_size: int = flag(
         32, "batch sizes", "responses in one forward and backward pass at most"
@@ -279,7 +285,7 @@ class TrainConfig:
         (0.9, 0.95), "optimizer", "decay rates of AdamW's two averages", nargs=2, type=float
     )
     max_grad_norm: float = flag(
-        1.0, "optimizer", "length to which the gradient is clipped; 0: no clipping"
+        1.0, "optimizer", "length to which the gradient is clipped (biased); 0: no clipping"
     )
 
     max_epochs: int | None = flag(1, "run", "times through the training prompts")

@@ -91,7 +91,10 @@ def write_exit(folder: Path, code: int, reason: str) -> None:
     """Write exit.json; of several ranks that fail, the first one knows the reason."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "exit.json").open("x" if code else "w") as file:
+        # a reason may hold what is no text, such as the bytes of a path
+        with (folder / "exit.json").open(
+            "x" if code else "w", encoding="utf-8", errors="backslashreplace"
+        ) as file:
             try:
                 json.dump({"code": code, "reason": reason}, file, ensure_ascii=False)
                 file.flush()
@@ -145,5 +148,6 @@ def run_in_folder(body: Callable[[Life], None]) -> int:
                 body(life)
             finally:
                 folder = life.folder or folder
+                life.stop.in_loop = True  # the run is over: a signal has nothing to stop any more
 
     return run(main, lambda: folder)

@@ -44,9 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise ConfigError(
-            f"--log-dir {folder}: cannot be written to ({error}); give another folder"
-        ) from error
+        raise unwritable(folder, error) from error
     with lock:
         deadline = time.monotonic() + (120 if "SLURM_JOB_ID" in os.environ else 0)
         while not _locked(lock):
@@ -61,8 +59,16 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.flush()
         # a run without identity.json will be refused, and keeps its exit.json
         if not holds_run(folder) or (folder / "identity.json").exists():
-            (folder / "exit.json").unlink(missing_ok=True)
+            try:
+                (folder / "exit.json").unlink(missing_ok=True)
+            except OSError as error:
+                raise unwritable(folder, error) from error
         yield
+
+
+def unwritable(folder: Path, error: OSError) -> ConfigError:
+    """What to raise where nothing can be written."""
+    return ConfigError(f"--log-dir {folder}: cannot be written to ({error}); give another folder")
 
 
 def _locked(lock: IO[str]) -> bool:

@@ -56,6 +56,7 @@ from reinforce.run.children import (  # noqa: E402
 )
 
 RECIPES = ("toy", "smollm2", "run", "hh", "compare")  # recipes/pipelines/
+UNREACHED = 600.0  # seconds for a server that is ready to answer here, on another node
 STARTS_SERVER = (
     "launch.sh starts the reward server itself; with a server of your own, start torchrun train.py"
 )
@@ -147,8 +148,14 @@ class Job:
         self.folder = new_folder(self.given_folder, self.name, self.hetjob)
         self.held = hold(self.folder, 120 if self.hetjob else 0)
         ready, self.log = self.folder / "server.ready", self.folder / "server.log"
-        for stale in (ready, self.folder / "exit.json"):
-            stale.unlink(missing_ok=True)
+        try:
+            for stale in (ready, self.folder / "exit.json"):
+                if stale.exists():
+                    stale.unlink()
+            self.log.touch()
+        except OSError as error:
+            reason = f"--log-dir {self.folder} cannot be written to ({error.strerror})"
+            raise EndedError(2, f"{reason}; give another folder") from error
         srun, options = [], ["--exit-with-parent"]
         if self.hetjob:
             os.environ["RM_TOKEN_FILE"] = str(self.folder / "rm_token")
@@ -160,10 +167,16 @@ class Job:
             command = self.command("reinforce/run/torchrun.py", *torchrun, *command[1:])
         with self.log.open("wb") as log:
             self.server = Child([*srun, *command], stdout=log, stderr=subprocess.STDOUT)
+        since = None  # when the server had written its address
         while not self.is_ready(ready):
             self.signals.raise_if_any("before the reward server was ready")
             if self.server.code is not None:
                 raise EndedError(self.server.code or 1, self.server_ended(""))
+            since = since or (time.monotonic() if self.address[0] else None)
+            if since and time.monotonic() > since + UNREACHED:
+                where = f"http://{':'.join(self.address)}"
+                reason = f"the reward server is ready, and nothing answers here at {where}"
+                raise EndedError(1, f"{reason}; its log: {self.log}")
             time.sleep(0.05)
         print(f"reward server: http://{':'.join(self.address)}, log: {self.log}", flush=True)
 
@@ -209,7 +222,7 @@ class Job:
             self.signals.tell_trainer(self.signals.first)
         server_code = self.watch(trainer)
         self.signals.trainer = None
-        if server_code is not None:
+        if server_code is not None and not self.signals.first:  # a signal may end both
             raise EndedError(server_code or AGAIN, self.server_ended(" first,"))
         self.conclude(trainer.code or 0, before)
 

@@ -224,6 +224,15 @@ def samplings(
     return training, validation
 
 
+def plural(n: int, noun: str) -> str:
+    """The number and its noun.
+
+    >>> plural(1, "rank"), plural(2, "rank")
+    ('1 rank', '2 ranks')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def print_setting(inputs: Inputs, source: str, size: int, bf16: bool) -> None:
     """Print device, policy and the main flags; `source` is where the policy comes from."""
     config = inputs.config
@@ -231,8 +240,9 @@ def print_setting(inputs: Inputs, source: str, size: int, bf16: bool) -> None:
     fsdp = " (fsdp)" if config.parallel == "fsdp" else ""
     team = config.tensor_model_parallel_size
     teams = f", {team} to a model" if team > 1 else ""
-    ranks = f"{distributed.world_size()} ranks{fsdp}{teams}"
-    print(f"device {inputs.device} · {precision} · {torch.get_num_threads()} threads · {ranks}")
+    threads = plural(torch.get_num_threads(), "thread")
+    ranks = plural(distributed.world_size(), "rank")
+    print(f"device {inputs.device} · {precision} · {threads} · {ranks}{fsdp}{teams}")
     name = os.path.relpath(source) if Path(source).is_dir() else source
     prompts = f"{len(inputs.data.prompts)} prompts"
     print(f"{name}, {size / 1e6:.1f}M parameters · {prompts} · baseline {config.baseline}")

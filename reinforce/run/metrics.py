@@ -10,8 +10,9 @@ entropy          mean of -logp over the sampled tokens, an estimate, nats
 response_length  mean over responses, tokens
 finished         share of responses that ended by themselves
 valid            share of responses that count in baselines and loss
-zero_signal      share of groups whose valid responses all have the same objective, or that
-                 have fewer than two: group baselines learn nothing from them; null at K = 1
+zero_signal      share of groups whose valid responses all have the same reward, or that have fewer
+                 than two: of them a group baseline leaves nothing but differences of KL and of the
+                 missing-EOS penalty; null at K = 1
 loss             mean over the step's optimizer steps
 grad_norm        length of the gradient before clipping, mean over the step's optimizer steps
 lr               learning rate
@@ -51,7 +52,7 @@ def summarise(groups: Sequence[Group], advantage: Sequence[float]) -> dict[str, 
     logp = [value for g in groups for value in g.logp]
     length = [value for g in groups for value in g.length]
     finished = [value for g in groups for value in g.finished]
-    silent = [len(set(_counted(g))) < 2 for g in groups]  # groups without a signal
+    silent = [len(set(_counted(g))) < 2 for g in groups]  # groups without a signal from rewards
     return {
         "reward": statistics.fmean(reward) if reward else None,
         "reward_std": statistics.stdev(reward) if len(reward) > 1 else 0.0,
@@ -111,8 +112,8 @@ def speed(groups: Sequence[Group], greedy_tokens: int, seconds: dict[str, float]
 
 
 def _counted(group: Group) -> list[float]:
-    """The objectives of the valid responses."""
-    return [r for r, v in zip(group.objective, group.valid, strict=True) if v and r is not None]
+    """The rewards of the valid responses."""
+    return [r for r, v in zip(group.reward, group.valid, strict=True) if v and r is not None]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

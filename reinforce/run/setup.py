@@ -202,6 +202,8 @@ def refuse_short_last_step(config: TrainConfig, count: int) -> None:
     full_steps, left = divmod(count, per_step)
     reached = config.max_steps is None or config.max_steps > full_steps
     if 0 < left < world and reached:
+        if count < world:
+            raise ConfigError(f"{count} prompts for {world} ranks: start fewer or give more")
         raise ConfigError(
             f"--num-rollout-samples {per_step} leaves {left} of {count} prompts for an epoch's "
             f"last step, too few for {world} ranks: give another number, or drop {left} prompts"

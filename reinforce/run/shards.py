@@ -5,11 +5,12 @@
     read    memory for this rank's shards, and their values from the files
 
 That works where the files hold the model's parameters by name and shape, as `save_pretrained`
-writes them. A checkpoint that transformers renames or merges, and one that is no folder, is loaded
-whole instead.
+writes them. A checkpoint that transformers renames or merges, one with other safetensors files
+beside the model's, and one that is no folder, is loaded whole instead.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from reinforce.run import distributed
 
 def build(name: str) -> nn.Module | None:
     """The model of a folder without its weights; None if it must be loaded whole."""
-    files = sorted(Path(name).glob("*.safetensors"))
+    files = _files(Path(name))
     if not files:
         return None
     attention.use_for_models()
@@ -44,6 +45,16 @@ def build(name: str) -> nn.Module | None:
     if stored != needed or buffers:
         return None
     return give_float32_logits(without_dropout(model))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; none if transformers would not read exactly these."""
+    found = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    read = {"model.safetensors"}
+    if not (folder / "model.safetensors").exists() and index.exists():
+        read = set(json.loads(index.read_text())["weight_map"].values())
+    return found if {path.name for path in found} == read else []
 
 
 def move(module: nn.Module, device: torch.device) -> None:

@@ -8,7 +8,9 @@ from reinforce.errors import StoppedError
 
 
 class Stop:
-    """Why a run should end before its last step: SIGTERM, SIGINT, SIGUSR1 or its time limit.
+    """Why a run should end before its last step: one of four signals, or its time limit.
+
+    The signals are SIGTERM, SIGINT, SIGUSR1 and, where it is not ignored as under nohup, SIGHUP.
 
     Before the loop there is nothing to save, and a signal ends the run. In the loop signals are
     noted, however many come, and the loop asks for the reason after each step. So no signal
@@ -16,12 +18,15 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        """Take over the three signals of this process, and start the clock of the limit."""
+        """Take over the signals of this process, and start the clock of the limit."""
         self.signal: str | None = None
         self.in_loop = False
         self.limit: int | None = None  # seconds since this object was made
         self._began = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # the terminal is closed
+        for number in numbers:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -68,7 +68,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for name, module in model.named_modules():
         if plan.get(name) == OF_OWN_HEADS:
             _add_gradients_up(module)
-    hf.tie_weights()
+    hf.tie_weights(recompute_mapping=False)  # as it was loaded, whatever its configuration says
     head = hf.get_output_embeddings()
     if type(head) is nn.Linear and isinstance(head.weight, DTensor):
         cast(Any, head).forward = functools.partial(_logits, head)
