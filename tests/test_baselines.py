@@ -174,3 +174,11 @@ def test_other_shapes_and_types_are_refused(reward):
 def test_a_validity_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="valid must be bool"):
         rloo(torch.zeros(2, 3), torch.ones(2, 1, dtype=torch.bool))
+
+
+def test_rows_that_do_not_count_are_in_no_baseline_with_a_past_or_a_greedy_response():
+    reward, valid = torch.tensor([[1.0, 3.0, math.nan]]), torch.tensor([[True, True, False]])
+    ema = Ema(0.5)
+    ema.value = 1.0
+    assert ema(reward, valid).tolist() == [[0.0, 2.0, 0.0]] and ema.value == 0.5 * 1.0 + 0.5 * 2.0
+    assert baselines.remax(reward, torch.tensor([2.0]), valid).tolist() == [[-1.0, 1.0, 0.0]]

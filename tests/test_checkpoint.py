@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes import toy
-from reinforce.run import checkpoint
+from reinforce.errors import ConfigError
+from reinforce.run import checkpoint, resume
 
 
 def save(run, step, rewards, keep=1):
@@ -132,3 +134,49 @@ def test_the_files_have_the_permissions_that_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path):
+    first = save(tmp_path, 1, {})
+    shutil.copytree(first, first.with_name("step-000002"))
+    assert checkpoint.flaw(first.with_name("step-000002")) == "state.json is of another step"
+    assert checkpoint.newest(tmp_path) == first
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, {})
+    folder = save(tmp_path, 2, {})
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda p, *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(p)))
+                        if p == folder / "model.safetensors" else real(p, *a, **k))  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot be read"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    (save(tmp_path, 1, {}) / "model.safetensors").write_bytes(b"x")
+    assert checkpoint.flaw(save(tmp_path, 1, {})) is None and names(tmp_path) == ["step-000001"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_under_its_name(tmp_path, monkeypatch):
+    save(tmp_path, 1, {})
+
+    def killed(folder, **_):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "sweep", lambda run: None)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, {}, keep=0)
+    assert [folder.name for folder in checkpoint.checkpoints_of(tmp_path)] == ["step-000002"]
+
+
+def test_the_state_of_an_older_versions_ema_is_read(tmp_path):
+    folder = save(tmp_path, 1, {})
+    (tmp_path / "identity.json").write_text("{}")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "ema": 0.25}))
+    (folder / "manifest.json").unlink()
+    checkpoint.seal(folder)
+    assert resume.find_start(tmp_path, "auto").baseline == 0.25

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, metrics, script, tiny_llama, train_here
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from recipes import toy
@@ -409,3 +410,12 @@ def test_nodes_that_are_given_different_commands_or_files_are_refused(small, fla
                  "--log-dir", tmp_path / "run", OMP_NUM_THREADS=1)  # fmt: skip
     assert out.returncode != 0 and told in out.stdout, out.stdout
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_policy_that_lacks_a_weight_is_refused(small, tmp_path):
+    folder = shutil.copytree(small / "policy", tmp_path / "p")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"\(missing model.layers.0.mlp.up_proj.weight\)"):
+        load_policy(str(folder), load_tokenizer(str(folder)), torch.device("cpu"))

@@ -11,6 +11,7 @@ import pytest
 from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import RewardError
+from reinforce.rm_reply import index_of
 
 INFO = {"model": "m", "fingerprint": "f" * 64, "max_texts": 3}
 
@@ -296,3 +297,32 @@ def test_columns_of_different_lengths_are_a_programming_error(server):
         client(server(good)).rewards(query=["a"], prompts=[])
     with pytest.raises(ValueError, match="exactly one"):
         client(server(good)).rewards()
+
+
+def test_each_request_has_the_whole_deadline_whatever_earlier_ones_have_cost(server):
+    s = server(reply({}, 503), good, reply({}, 503), good)
+    c = client(s, deadline=1.0)
+    assert c.rewards(query=["a"]) == [1.0]
+    time.sleep(1.1)
+    assert c.rewards(query=["ab"]) == [2.0]
+
+
+def test_a_pinned_model_is_not_taken_from_a_server_that_shows_none(server):
+    answer, missing = (lambda r, _: reply({"rewards": [0.5] * len(r["query"])})), reply(b"<html>", 404, "text/html")
+    with pytest.raises(ConfigError, match="--rm-fingerprint"):
+        client(server(answer, info=missing), fingerprint="f" * 64).connect()
+
+
+def test_a_reply_beyond_the_limit_is_given_up(server, monkeypatch):
+    monkeypatch.setattr("reinforce.rm_connection.MAX_REPLY", 1000)
+    with pytest.raises(RewardError, match="longer than 1000 bytes"):
+        client(server(reply(b" " * 2000 + b'{"rewards": [1.0]}'))).rewards(query=["a"])
+
+
+def test_a_server_that_wants_a_token_is_told_so(server):
+    with pytest.raises(ConfigError, match="wants a token: set RM_TOKEN"):
+        client(server(good, info=reply({"error": "unauthorized"}, 401))).connect()
+
+
+def test_an_index_outside_the_request_is_none():
+    assert [index_of(b'{"index": %d}' % i, 2) for i in (-1, 0, 1, 2)] == [None, 0, 1, None]

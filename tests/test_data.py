@@ -115,3 +115,9 @@ def test_half_a_surrogate_pair_is_a_bad_line(record):
 def test_half_a_surrogate_pair_is_a_bad_example_of_sft(record):
     with pytest.raises(BadLineError, match="half of a surrogate pair"):
         sft.check_example(record)
+
+
+def test_a_prompt_of_exactly_the_longest_length_is_kept():
+    tokenizer = toy.make_tokenizer()
+    n = len(tokenizer("anna on the pizza :")["input_ids"])
+    assert [tokenize([{"prompt": "anna on the pizza :"}, {"prompt": "anna"}], tokenizer, m, "f")[1] for m in (n, n - 1)] == [0, 1]

@@ -72,3 +72,10 @@ def test_losses_of_opposite_infinities_are_no_number_and_no_traceback(monkeypatc
     sums = Sums(SimpleNamespace(advantage=torch.zeros(1), rollout=rollout), 0.2)
     monkeypatch.setattr("reinforce.run.update.distributed.gather", lambda _: [(math.inf, 0.0), (-math.inf, 0.0)])
     assert math.isnan(sums.over_ranks().loss)
+
+
+def test_running_out_of_gpu_memory_or_of_a_quota_is_one_sentence(capsys):
+    code, reason = exits.outcome(torch.OutOfMemoryError("CUDA out of memory"))
+    assert code == 1 and "--micro-batch-size" in reason and "--gradient-checkpointing" in reason
+    assert exits.outcome(OSError(errno.EDQUOT, "Disk quota exceeded"))[1].endswith("give the same command again")
+    assert capsys.readouterr().err == ""

@@ -299,3 +299,20 @@ def test_whole_sequences_are_said_with_the_reason_and_only_where_they_run(window
         "--policy it: prompts are computed again for each response, and padding with them (a layer does not see all earlier tokens)"
     )
     assert (told in capsys.readouterr().out) == (window is not None)
+
+
+def test_a_model_that_computes_nan_is_refused():
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ConfigError, match="changes log pi of a token by up to inf nats"):
+        judged(model)
+
+
+def test_checkpointing_that_changes_log_pi_is_refused(monkeypatch):
+    def broken(model):
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(3)
+        return True
+
+    monkeypatch.setattr(guard, "checkpoint_blocks", broken)
+    with pytest.raises(ConfigError, match=r"with --gradient-checkpointing: log pi changes by .* leave the flag out"):
+        judged(tiny_llama(), checkpointing=True)

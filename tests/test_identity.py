@@ -172,3 +172,16 @@ def test_auto_precision_goes_on_as_the_run_began_and_is_one_rule_for_all_process
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert "fp32" in go(flags, tmp_path / "run", 7), "not bf16, which this processor is faster in"
     assert "precision was auto, is bf16" in go(flags, tmp_path / "run", 8, "--precision", "bf16", code=2)
+
+
+HARD = """
+    adam_betas baseline constant_steps ema_decay end_strings global_batch_size initial_policy_kl_penalty kl kl_reduce loss_norm lora_alpha
+    lora_rank lora_targets lr max_grad_norm max_new_tokens max_prompt_length min_lr min_new_tokens missing_eos_penalty num_rollout_samples
+    num_rollouts_per_prompt precision ratio_clip rm_format seed temperature top_k top_p truncated val_greedy val_temperature val_top_k
+    val_top_p warmup_steps weight_decay
+"""
+
+
+def test_a_flag_is_soft_only_if_it_is_named_here():
+    """A new soft flag is a decision: a run goes on under another value of it."""
+    assert set(resume.identity(TrainConfig())) == set(HARD.split())

@@ -17,7 +17,7 @@ from live import Gate, ask, connect, health, live, query, read_reply, request, r
 from test_server import serving
 
 from reinforce.rm_client import RewardClient, pause_before
-from reinforce.serving import body, connection, server
+from reinforce.serving import body, connection, handler, server
 from reinforce.serving.cut import last_tokens
 from reinforce.serving.protocol import Text
 
@@ -293,3 +293,17 @@ def test_metrics_tell_of_queue_batches_tokens_waits_and_failures():
     for name in ("rm_forward_seconds_total", "rm_wait_seconds_total", "rm_out_of_memory_total", "rm_dropped_texts_total",
                  "rm_batch_texts", "rm_connections", 'rm_requests_total{code="200"}'):  # fmt: skip
         assert name in values, text
+
+
+def test_a_stuck_forward_too_many_requests_and_too_many_bytes_are_answered_at_once(monkeypatch):
+    gate = Gate()
+    with live(gate, batch=1) as served, connect(served.server_port) as busy:
+        busy.sendall(query("a"))
+        until(lambda: gate.batches)
+        for place, name, limit, data, status in ((handler, "STALE_SECONDS", 0.0, request(path="/health"), b"503"),
+                                                 (handler, "MAX_IN_FLIGHT", 1, query("b"), b"429"), (server, "MAX_HELD", 100, query("c" * 200), b"503")):  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, limit)
+                assert ask(served.server_port, data)[0].split()[1] == status, name
+        gate.open.set()
+        assert rewards(read_reply(busy)) == [1.0]

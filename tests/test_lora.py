@@ -25,7 +25,7 @@ from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.logprobs import Scorer
 from reinforce.policy import blocks, load_policy, load_tokenizer, store_frozen
-from reinforce.run import checkpoint
+from reinforce.run import checkpoint, loading
 from reinforce.run.config import TrainConfig
 from reinforce.run.loading import set_up
 
@@ -399,3 +399,22 @@ def test_an_adapter_as_policy_is_refused_with_the_command_that_merges_it(trained
     assert out.returncode == 2 and f"python recipes/merge.py --policy {trained.folder} --out FOLDER" in out.stdout
     code, out = recipe(merge, "--policy", trained.initial, "--out", tmp_path / "whole")
     assert code == 2 and "no folder with adapter_config.json" in out
+
+
+def test_an_adapters_own_alpha_counts_when_it_is_merged(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    model, base = (
+        adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base")),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+    )
+    adapter.write(model, tmp_path / "adapter", {key: value.detach() for key, value in adapter.tensors(model).items()})
+    adapter.merge_into(base, str(tmp_path / "adapter"), "--policy")
+    torch.testing.assert_close(base(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_alpha_and_targets_of_the_flags_are_those_of_the_adapters():
+    config = TrainConfig(lora_rank=2, lora_alpha=3.0, lora_targets=("q_proj",))
+    loading.add_adapters(SimpleNamespace(config=config, start=SimpleNamespace(folder=None)), model := tiny_llama())
+    found = lora.adapters(model)
+    assert len(found) == 2 and all(name.endswith("q_proj") and one.scale == 1.5 for name, one in found.items())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from reinforce.loss import clipped_loss, normaliser, reinforce_loss, token_weights
+from reinforce.loss import clipped_loss, clipped_tokens, normaliser, reinforce_loss, token_weights
 from reinforce.rollout import micro_batches
 
 
@@ -89,3 +89,17 @@ def test_other_shapes_are_refused(bad):
     good = dict(logp=torch.zeros(3, 2), advantage=torch.zeros(3), weight=torch.ones(3, 2), divisor=3)
     with pytest.raises(ValueError, match="expected logp"):
         reinforce_loss(**{**good, **bad})
+
+
+def test_clipped_tokens_are_those_whose_gradient_is_zero():
+    old = torch.zeros(4, 2)
+    logp = torch.tensor([[0.5, 0.5], [-0.5, 0.1], [0.5, 0.1], [-0.5, -0.5]], requires_grad=True)
+    advantage, weight = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([[1.0, 0.0]] * 4)
+    grad = torch.autograd.grad(clipped_loss(logp, old, advantage, weight, 4, 0.2), logp)[0]
+    assert clipped_tokens(logp, old, advantage, weight, 0.2) == ((grad == 0) & (weight != 0)).sum() == 2
+
+
+def test_clipped_loss_never_reads_a_token_of_weight_0():
+    logp, old = torch.tensor([[-1.0, torch.nan]], requires_grad=True), torch.tensor([[-1.0, -torch.inf]])
+    loss = clipped_loss(logp, old, torch.ones(1), torch.tensor([[True, False]]), 1, 0.2)
+    assert loss == -1 and torch.autograd.grad(loss, logp)[0].tolist() == [[-1.0, 0.0]]

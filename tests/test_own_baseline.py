@@ -127,7 +127,7 @@ class Later:
 
     def __call__(self, R, valid):
         self.state = R if torch.where(valid, R, 0.0).max() > 9 else self.state + 1
-        return 0 * R
+        return torch.zeros_like(R)
 
 
 later = Later()
@@ -201,3 +201,13 @@ def test_every_name_of_the_table_passes_the_same_check_where_it_needs_no_greedy_
             path = tmp_path / "table.py"
             path.write_text(f"from reinforce.baselines import BASELINES\nit = BASELINES[{name!r}](0.9).function\n")
             own_baseline.check(f"{path}:it", 2)
+
+
+@pytest.mark.parametrize("bad", ["R / 0", "torch.ones_like(R)", "R[:1]"])
+def test_a_baseline_that_goes_wrong_in_a_later_step_ends_the_run_before_its_update(bad, flags, tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import torch\ncalls = 0\ndef late(R, valid):\n    global calls\n    calls += 1\n"
+        f"    return {bad} if calls > 2 else torch.where(valid, R, 0.0)\n")  # fmt: skip
+    drop = ["--truncated", "drop", "--max-new-tokens", "24"] if "ones" in bad else []
+    out = train_here(*flags, *drop, "--baseline", f"{tmp_path}/late.py:late", "--log-dir", tmp_path / "run")
+    assert out.returncode == 1 and "--baseline" in out.stdout.splitlines()[-1] and "Traceback" not in out.stdout, out.stdout

@@ -182,3 +182,29 @@ def test_a_nan_reward_is_never_read_by_the_objective_of_others():
     assert counted(finished, reward, "keep").tolist() == [True, False, True]
     assert counted(finished, reward, "drop").tolist() == [True, False, False]
     assert objective(reward, None, 0.0, finished).isnan().tolist() == [False, True, False]
+
+
+def test_refused_rows_of_a_step_whose_greedy_responses_get_no_reward_are_not_counted(small, tmp_path):
+    greedy = []
+
+    def answer(request, connection):
+        texts = request["completions"]
+        greedy.extend([1] if len(texts) == 6 else [])
+        if len(texts) == 12:  # each step's first one
+            return reply({"index": 0}, 422)
+        return reply({"rewards": [float(len(t)) for t in texts] if len(greedy) < 2 else [], "id": request["id"]})
+
+    server = BadServer(answer, info={**INFO, "max_texts": 99})
+    out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--baseline", "remax", "--log-dir", tmp_path / "run"))
+    server.close()
+    (last,) = (tmp_path / "run/checkpoints").iterdir()
+    assert (
+        out.returncode == 1
+        and metrics(tmp_path / "run")[-1]["refused"] == json.loads((last / "state.json").read_text())["refused"] == 1
+    )
+
+
+def test_exactly_as_many_rows_as_are_allowed_may_be_left_out():
+    refusals = Refusals(2)
+    refusals.take([{}, {}])
+    assert (refusals.total, refusals.left) == (2, 0)

@@ -1,12 +1,13 @@
 """The same command goes on where a run was, bitwise, after kills and damage."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, metrics, script
+from conftest import ROOT, metrics, script, train_here
 from safetensors.torch import load_file
 from same_run import assert_same, go, untimed
 
@@ -225,3 +226,15 @@ def test_checkpoints_that_cannot_be_listed_are_no_reason_to_begin_again(six, tmp
     (run / "checkpoints").unlink()
     (run / "checkpoints").symlink_to(tmp_path / "disk")
     assert "going on after step 2" in go(flags, run, 3)
+
+
+def test_logs_and_checkpoint_are_on_the_disk_before_its_name_and_the_name_after(flags, tmp_path, monkeypatch):
+    order, sync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), sync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda a, b: (order.append(Path(b).name), rename(a, b))[1])
+    assert train_here(*flags, "--max-steps", "1", "--log-dir", tmp_path / "run").returncode == 0
+    at = order.index("step-000001")
+    logs = {"metrics.jsonl", "rollouts.jsonl", "validation.jsonl"}
+    assert logs | {"model.safetensors", "manifest.json", "training", ".step-000001.partial"} <= set(order[:at])
+    assert order[at + 1] == "checkpoints", "and the new name itself"
+    assert any(name.startswith(".identity") for name in order[:at])

@@ -253,3 +253,16 @@ def test_a_model_that_does_not_find_a_texts_last_token_is_not_served(tmp_path):
     with pytest.raises(ConfigError, match="with its end token and one without get the same score"):
         saved(tmp_path / "decoder", ModernBertDecoderForSequenceClassification, ModernBertDecoderConfig, "<s> $A", bos_token="<s>",
               eos_token="</s>", pad_token="</s>", extra={"pad_token_id": 3, "eos_token_id": 3, "bos_token_id": 2})  # fmt: skip
+
+
+def test_what_changes_a_reward_changes_the_fingerprint(small, tmp_path):
+    from reinforce.serving.config import ServeConfig
+    from reinforce.serving.load import load_reward
+
+    folder = shutil.copytree(small / "reward_model", tmp_path / "rm")
+    changes = [{}, {"reward_mean": 1.0}, {"reward_std": 2.0}, {"reward_clip": 3.0}, {"max_length": 50}, {"precision": "bf16"}]
+    found = [load_reward(ServeConfig(reward_model=str(folder), **change)).fingerprint for change in changes]
+    vocabulary = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(vocabulary.replace('"crust"', '"crumb"'))
+    found.append(load_reward(ServeConfig(reward_model=str(folder))).fingerprint)
+    assert len(set(found)) == 7

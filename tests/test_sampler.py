@@ -245,3 +245,21 @@ def test_a_large_vocabulary_model_samples_the_same_alone_and_together():
         alone = sample(model, [prompt], seeds(PROMPTS, 4)[4 * i : 4 * i + 4], HOW)
         width = alone.response.shape[1]
         assert torch.equal(alone.response, whole.response[4 * i : 4 * i + 4, :width])
+
+
+def test_top_k_or_top_p_alone_limits_what_is_sampled():
+    model, drawn = Fixed(torch.tensor([0.5, 0.3, 0.15, 0.05]).log()), {}
+    for name, value in (("top_p", 0.6), ("top_k", 1)):
+        out = sample(model, [[1]], seeds([0], 300), Sampling(1, (), 0, **{name: value}))
+        drawn[name] = set(out.response.flatten().tolist())
+    assert drawn == {"top_p": {0, 1}, "top_k": {0}}
+
+
+def test_an_end_string_ends_a_response_from_the_minimum_on():
+    how = Sampling(9, (), 0, min_new_tokens=3, end_strings=("a",), decode=lambda ids: "a" * len(ids))
+    assert sample(Fixed(torch.zeros(8)), [[1]], seeds([0], 1), how).length.tolist() == [3]
+
+
+def test_the_longest_end_string_is_found_beside_a_short_one():
+    said = lambda ids: "".join("abcdefgh"[i] for i in ids)  # noqa: E731
+    assert completes(torch.tensor([[7, 0, 1, 2, 3, 4, 5]]), ("h", "abcdef"), said).tolist() == [True]

@@ -1,6 +1,7 @@
 """A run that is stopped, by a signal, its time limit or a failure, loses no finished step."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -285,3 +286,37 @@ def test_a_rank_that_dies_or_hangs_ends_the_job_without_orphans_and_the_command_
     threading.Event().wait(0.1)
     out = torchrun(2, *words, "--max-steps", done + 1)
     assert out.returncode == 0 and f"going on after step {done}" in out.stdout, out.stdout
+
+
+def test_a_baseline_that_changes_its_state_in_place_and_fails_leaves_that_of_the_last_finished_step(flags, tmp_path):
+    (tmp_path / "b.py").write_text(
+        "import torch\n"
+        "class Counting:\n"
+        "    def __init__(self):\n"
+        "        self.state = {'n': 0}\n"
+        "    def __call__(self, R, valid):\n"
+        "        self.state['n'] += 1\n"
+        "        if self.state['n'] == 3:\n"
+        "            raise ValueError('once')\n"
+        "        return torch.zeros_like(R)\n"
+        "counting = Counting()\n"
+    )
+    out = train_here(
+        *flags,
+        "--baseline",
+        f"{tmp_path}/b.py:counting",
+        "--save-interval",
+        "99",
+        "--val-check-interval",
+        "99",
+        "--log-dir",
+        tmp_path / "run",
+    )
+    (folder,) = checkpoint.checkpoints_of(tmp_path / "run")
+    assert out.returncode == 1 and checkpoint.state(folder)["baseline"] == {"n": 2}
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_makes_no_step(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.optim.clip", lambda model, most: math.nan)
+    out = train_here(*flags, "--log-dir", tmp_path)
+    assert out.returncode == 1 and "no update was made" in json.loads((tmp_path / "exit.json").read_text())["reason"]
