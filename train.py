@@ -38,6 +38,7 @@ from reinforce.rollout import Batch, Rollout
 from reinforce.run import distributed, exits, loading, run_folder, setup
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
+from reinforce.run.distributed import groups_of, rows_of
 from reinforce.run.run import Run
 from reinforce.run.update import Step, Summed, Sums, Update, plan_updates
 from reinforce.text import Prompt
@@ -95,16 +96,15 @@ def train(actor: Actor, data: Data, run: Run) -> None:
         # 4. advantage A = R - baseline(R), over whole groups, of all ranks in prompt order
         reward = judged.reward.to(actor.device)  # (B,), this rank's
         own_valid = counted(rollout.finished, reward, config.truncated)  # (B,)
-        R, valid, length = (  # noqa: N806  (P, K) each
-            distributed.gather_rows(column.view(len(prompts), -1))
-            for column in (judged.objective, own_valid, rollout.length)
-        )
-        greedy_R = distributed.gather_rows(judged_greedy.objective) if judged_greedy else None  # noqa: N806  (P,)
+        R = groups_of(judged.objective, prompts)  # (P, K)
+        valid = groups_of(own_valid, prompts)  # (P, K)
+        length = groups_of(rollout.length, prompts)  # (P, K)
+        greedy_R = groups_of(judged_greedy.objective, prompts)[:, 0] if judged_greedy else None
         advantage = baseline(R, valid, greedy_R)  # (P, K)
 
         # 5. update: one optimizer step, or with --global-batch-size several and the clipped ratio
         updates = plan_updates(valid, length, config)
-        own_advantage = distributed.deal_rows(advantage).flatten().float().to(actor.device)  # (B,)
+        own_advantage = rows_of(advantage).float().to(actor.device)  # (B,), this rank's
         weight = token_weights(rollout.mask, config.loss_norm) * own_valid[:, None]  # (B, T)
         logp_old = actor.logp_old(rollout) if len(updates) > 1 else None  # (B, T)
         batch = Batch(rollout, own_advantage, weight, logp_old)

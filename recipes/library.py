@@ -10,9 +10,7 @@ import torch
 import reinforce
 
 K, BETA, CPU = 4, 0.05, torch.device("cpu")
-if len(sys.argv) < 3:
-    sys.exit(__doc__)
-folder, *prompts = sys.argv[1:]
+folder, *prompts = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
 tokenizer = reinforce.load_tokenizer(folder)
 policy, reference = (reinforce.load_policy(folder, tokenizer, CPU) for _ in range(2))
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)

@@ -97,7 +97,7 @@ def measure(name, flags, policy, tokenizer):
         advantage = 2 * advantage
     batch = Batch(part, advantage[own], token_weights(part.mask, "sequence") * valid[own][:, None])
     update = Update(range(len(prompts(tokenizer))), list(range(len(own))), divisor)
-    reference = None if ref_logp is None else distributed.gather_rows(ref_logp.double().sum(1).view(len(mine), K))  # (P, K)
+    reference = None if ref_logp is None else distributed.groups_of(ref_logp.double().sum(1), mine)  # (P, K)
     start = torch.cat([distributed.gather_tensor(p.detach()).flatten() for p in trained(actor.model)])
     calls, gradient = [], None
     block = actor.model.model.layers[0].mlp

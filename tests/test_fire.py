@@ -121,7 +121,7 @@ def test_an_id_goes_back_only_if_it_is_short(tmp_path):
             assert status in ask(server.server_port, live.request(body))[0]
 
 
-def test_a_client_waits_for_a_server_that_restarts_and_warms_up(cold, server):
+def test_a_server_that_warms_up_is_asked_again_up_to_the_deadline(cold, server):
     """It was ended with code 1 by the 400 that its own unread body caused."""
     s = server(good)
     c = client(s, deadline=2.0)

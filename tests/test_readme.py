@@ -385,6 +385,7 @@ OTHERS = {  # flags of programs that are not ours
     "sbatch, srun": "job-name account partition output open-mode requeue signal time nodes ntasks ntasks-per-node "
     "gpus-per-node cpus-per-task het-group kill-on-bad-exit mpi",
     "torchrun": "nnodes nproc-per-node standalone rdzv-backend rdzv-id rdzv-endpoint max-restarts shutdown-timeout signals-to-handle",
+    "scancel": "batch signal",
     "ruff format": "check",
     "lm_eval": "model tasks model_args",
     "OpenRLHF": "remote_rm_url",

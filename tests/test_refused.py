@@ -136,27 +136,6 @@ def test_validation_and_greedy_responses_are_never_left_out(small, start, tmp_pa
     assert out.returncode == 1 and "greedy response '" in last and "cannot be left out" in last
 
 
-def test_refused_rows_of_a_step_that_does_not_finish_are_not_counted(small, tmp_path):
-    """Its rows are drawn again when the run goes on, and would be counted twice."""
-    state = {"calls": 0}
-
-    def answer(request, connection):
-        state["calls"] += 1
-        texts = request["completions"]
-        if state["calls"] > 2 and len(texts) > 1:
-            return reply({"index": 0}, 422)
-        if state["calls"] > 6:
-            return reply({"rewards": []})
-        return reply({"rewards": [float(len(t)) for t in texts], "id": request["id"]})
-
-    server = BadServer(answer, info={**INFO, "max_texts": 99})
-    out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--log-dir", tmp_path / "run"))
-    server.close()
-    assert out.returncode == 1, out.stdout
-    (last,) = (tmp_path / "run/checkpoints").iterdir()
-    assert json.loads((last / "state.json").read_text())["refused"] == metrics(tmp_path / "run")[-1]["refused"]
-
-
 @pytest.mark.parametrize("wrong", [{"rewards": [1.0]}, {"rewards": "many"}, {"rewards": [float("nan")]}])
 def test_a_wrong_answer_in_a_later_step_saves_the_finished_ones(small, tmp_path, wrong):
     calls = []
@@ -185,6 +164,7 @@ def test_a_nan_reward_is_never_read_by_the_objective_of_others():
 
 
 def test_refused_rows_of_a_step_whose_greedy_responses_get_no_reward_are_not_counted(small, tmp_path):
+    """Its rows are drawn again when the run goes on, and would be counted twice."""
     greedy = []
 
     def answer(request, connection):

@@ -151,16 +151,18 @@ def gather(items: Sequence[T]) -> list[T]:
     return _in_order(list(items))
 
 
-def deal_rows(tensor: Tensor) -> Tensor:
-    """`deal` for a tensor with one row an item: (P, ...) -> (p, ...), the rows of this team."""
-    return tensor[rank() // team_size() :: teams()]
+def groups_of(rows: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """Rows of this rank's prompts, (B, ...) -> groups of all prompts, (P, K, ...), on the CPU.
+
+    The prompts of all ranks are in the order before they were dealt; every rank must ask.
+    """
+    groups = rows.cpu().unflatten(0, (len(prompts), -1))  # (p, K, ...)
+    return groups if world_size() == 1 else torch.stack(_in_order(groups))
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """Undo `deal_rows` on every rank: (p, ...) -> (P, ...), on the CPU."""
-    if world_size() == 1:
-        return tensor.cpu()
-    return torch.stack(_in_order(tensor.cpu()))
+def rows_of(groups: Tensor) -> Tensor:
+    """The other way: groups of all prompts, (P, K, ...) -> rows of this rank's, (B, ...)."""
+    return groups[rank() // team_size() :: teams()].flatten(0, 1)
 
 
 def _in_order(part: Any) -> list[Any]:

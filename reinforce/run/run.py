@@ -153,7 +153,7 @@ class Run:
         if math.isfinite(sums.loss + grad_norm):
             return
         bad = ~(sums.logp.sum(1) + made.batch.advantage).isfinite()  # (B,)
-        responses = distributed.gather_rows(bad.view(len(made.prompts), -1))  # (P, K)
+        responses = distributed.groups_of(bad, made.prompts)  # (P, K)
         self._recorder.write_nonfinite(
             made.number + 1, self._groups(made), update.prompts, responses.tolist()
         )
