@@ -99,9 +99,10 @@ def end_tokens(name: str, tokenizer: Any, flag: str = "--policy") -> tuple[int, 
                 f"({first_line(error)})"
             ) from error
         listed = read_config(name, flag).get_text_config().eos_token_id
-    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    found = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(i, int) and i >= 0 for i in found):
         raise ConfigError(f"{flag} {name}: its eos_token_id is {listed!r}; it must be token ids")
+    ids = set(found)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
