@@ -87,7 +87,7 @@ def test_the_batch_file_of_the_page(folder, tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     text = scaled(SLURM, ("RM_NPROC=8", "RM_NPROC=2 NPROC=2"), (" --data-parallel", ""), ("parallel-size 4", "parallel-size 2"), ("RESULTS", f"{tmp_path}/run"),
-                  ("--baseline rloo", f"--baseline rloo --max-steps 2 {TINY}"))  # fmt: skip
+                  ("--baseline rloo", f"--baseline rloo --truncated keep --max-steps 2 {TINY}"))  # fmt: skip
     slurm = {"SLURM_JOB_ID": 4242, "SLURM_SUBMIT_DIR": folder, "STANDIN": tmp_path, "PYTHON": sys.executable}
     slurm |= {"SLURM_JOB_NODELIST_HET_GROUP_0": "rm1", "SLURM_JOB_NODELIST_HET_GROUP_1": "actor2"}
     out = ended(bash(text, folder, **slurm, PATH=f"{tmp_path}/bin:{sys.prefix}/bin:{os.environ['PATH']}"))
