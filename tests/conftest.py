@@ -179,3 +179,18 @@ def torchrun(processes, *words, **how):
 def metrics(run):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(run):
+    """The lines of a run's rollouts.jsonl, one a prompt."""
+    return [json.loads(line) for line in (Path(run) / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of a run's signals are afterwards those of before."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -4,8 +4,10 @@ import json
 import random
 
 import hypothesis.strategies as st
+import pyarrow
 import pytest
 from hypothesis import given
+from pyarrow import parquet
 
 from recipes import sft, toy
 from reinforce.data.prompts import check_record, step_prompts, steps_per_epoch, tokenize
@@ -121,3 +123,10 @@ def test_a_prompt_of_exactly_the_longest_length_is_kept():
     tokenizer = toy.make_tokenizer()
     n = len(tokenizer("anna on the pizza :")["input_ids"])
     assert [tokenize([{"prompt": "anna on the pizza :"}, {"prompt": "anna"}], tokenizer, m, "f")[1] for m in (n, n - 1)] == [0, 1]
+
+
+def test_a_date_beyond_pythons_is_one_sentence(tmp_path):
+    columns = {"prompt": ["a"], "when": pyarrow.array([5_000_000], pyarrow.date32())}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match=r"p\.parquet: not a parquet file, or a damaged one"):
+        read_records(str(tmp_path / "p.parquet"), "--train-data", check_record)

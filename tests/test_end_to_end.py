@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, script, small_flags, train_here
+from conftest import ROOT, environment, metrics, rows_of, script, small_flags, train_here
 from safetensors.torch import load_file
 from test_server import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,7 +81,7 @@ def test_launch_trains_the_toy_against_the_served_reward_model_and_the_reward_ri
 
 def test_the_screen_has_no_warnings_and_ends_with_samples_and_places(toy_run):
     run, out = toy_run
-    assert any(line.startswith("device ") and line.endswith(" · 1 rank") for line in out.splitlines()[:5])
+    assert any(re.fullmatch(r"device .* · \d+ threads? · 1 rank", line) for line in out.splitlines()[:5])
     for word in ("warning", "Warning", "deprecated", "Traceback", "OMP_NUM_THREADS"):
         assert word not in out
     assert out.count("before  ") >= 5 and out.count("after   ") >= 5 and f"\ncurves       {run}/curves.png\n" in out
@@ -305,10 +306,6 @@ def test_equal_rewards_give_no_signal_no_nan_and_unmoved_parameters(small, flags
     assert all(torch.equal(before[n], after[n]) for n in after)
 
 
-def rows_of(run):
-    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
-
-
 def test_several_optimizer_steps_per_rollout_start_from_the_same_rollout_and_clip_ratios(flags, tmp_path):
     """P*K is 12: three optimizer steps of two whole prompts; a --global-batch-size of 12 is the one step of the default, bitwise."""
     for name, extra in {"one": [], "same": ["--global-batch-size", "12"], "three": ["--global-batch-size", "4"]}.items():
@@ -393,10 +390,13 @@ def test_the_seeds_own_choices_run_as_one_preset(small, server_port, tmp_path):
                      "--rm-port", server_port, "--max-new-tokens", "8", "--max-steps", "1", "--log-dir", tmp_path / "run")  # fmt: skip
     assert out.returncode == 0, out.stdout
     line = metrics(tmp_path / "run")[0]
-    assert 1 <= line["optimizer_steps"] <= 4 and line["lr"] == 1e-6, "none for prompts of which no response has ended"
-    dropped = [(r, i) for r in rows_of(tmp_path / "run") for i, finished in enumerate(r["finished"]) if not finished]
-    assert dropped and all(r["advantage"][i] == 0 and not r["valid"][i] for r, i in dropped)
-    assert all(n > 1 for row in rows_of(tmp_path / "run") for n in row["length"])
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 16 and all(len(row["finished"]) == 4 and row["valid"] == row["finished"] for row in rows)
+    quarters = [[f for row in rows[i : i + 4] for f in row["finished"]] for i in range(0, 16, 4)]
+    assert line["optimizer_steps"] == sum(map(any, quarters)), "one for every four prompts, but where no response has ended"
+    assert line["lr"] == 1e-6 and not all(map(all, quarters)), "the case has unfinished responses"
+    assert all(a == 0 for row in rows for a, f in zip(row["advantage"], row["finished"], strict=True) if not f)
+    assert all(n > 1 for row in rows for n in row["length"]), "the first token is no end token"
     assert all(kl >= 0 for row in rows_of(tmp_path / "run") for kl in row["kl"]), "absolute values"
 
 

@@ -43,9 +43,8 @@ def test_a_reason_with_bytes_that_are_no_text_is_written_all_the_same(tmp_path):
     assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 2, "reason": "--policy /tmp/bad\udcff: π is not there"}
 
 
-def test_a_signal_after_the_end_of_a_run_changes_neither_code_nor_reason(tmp_path, monkeypatch):
+def test_a_signal_after_the_end_of_a_run_changes_neither_code_nor_reason(handlers, tmp_path, monkeypatch):
     """torchrun sends one to the other ranks of a rank that fails."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     monkeypatch.setattr(sys, "argv", ["train.py", "--log-dir", str(tmp_path / "run")])
     written = exits.write_exit
 
@@ -58,11 +57,7 @@ def test_a_signal_after_the_end_of_a_run_changes_neither_code_nor_reason(tmp_pat
     def body(life):
         raise ConfigError("it is wrong")
 
-    try:
-        assert exits.run_in_folder(body) == 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert exits.run_in_folder(body) == 2
     assert json.loads((tmp_path / "run/exit.json").read_text()) == {"code": 2, "reason": "it is wrong"}
 
 

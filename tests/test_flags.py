@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import metrics, train_here
+from conftest import metrics, rows_of, train_here
 from safetensors.torch import load_file
 
 import train
@@ -15,31 +15,19 @@ from reinforce.run import loading
 from reinforce.run.config import TrainConfig
 
 
-def rows_of(run):
-    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
-
-
 def test_another_seed_draws_other_responses_to_the_same_prompts(flags, tmp_path):
     said = []
     for seed in "01":
-        assert (
-            train_here(
-                *flags, "--num-rollout-samples", "18", "--seed", seed, "--max-steps", "1", "--log-dir", tmp_path / seed
-            ).returncode
-            == 0
-        )
+        words = ["--num-rollout-samples", "18", "--seed", seed, "--max-steps", "1", "--log-dir", tmp_path / seed]
+        assert train_here(*flags, *words).returncode == 0
         said.append({row["index"]: row["response"] for row in rows_of(tmp_path / seed)})
     assert list(said[0]) != list(said[1]) and said[0].keys() == said[1].keys(), "in another order"
     assert sum(said[0][i] != said[1][i] for i in said[0]) > 9
 
 
 def test_a_prompt_has_other_responses_in_the_next_epoch(flags, tmp_path):
-    assert (
-        train_here(
-            *flags, "--num-rollout-samples", "18", "--lr", "1e-9", "--max-steps", "2", "--max-epochs", "2", "--log-dir", tmp_path
-        ).returncode
-        == 0
-    )
+    words = ["--num-rollout-samples", "18", "--lr", "1e-9", "--max-steps", "2", "--max-epochs", "2", "--log-dir", tmp_path]
+    assert train_here(*flags, *words).returncode == 0
     first, second = ({r["index"]: r["response"] for r in rows_of(tmp_path) if r["step"] == step} for step in (1, 2))
     assert sum(first[i] != second[i] for i in first) > 9
 

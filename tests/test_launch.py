@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT, environment, script
@@ -453,3 +454,15 @@ def test_a_base_that_was_trained_again_in_its_place_is_another_one_to_the_hh_rec
 def test_a_process_of_another_user_exists():
     code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom reinforce.run.children import exists\nos.getuid() or os.setuid(65534)\nprint(exists(1))"
     assert script("-c", code).stdout == "True\n"
+
+
+def test_a_server_that_is_ready_and_not_reached_ends_the_job_with_its_address(tmp_path, monkeypatch):
+    """A wrong interface or a firewall: the GPUs of a job would be held to its time limit."""
+    monkeypatch.setattr(launch_, "UNREACHED", 0.2)
+    monkeypatch.setattr(launch_.Job, "is_ready", lambda job, ready: setattr(job, "address", ("node1", "5567")))
+    monkeypatch.setattr(launch_, "Child", lambda *_, **__: mock.MagicMock(code=None))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    job = launch_.Job("run", ["--log-dir", str(tmp_path)], mock.MagicMock())
+    with pytest.raises(children.EndedError, match="ready, and nothing answers here at http://node1:5567") as ended:
+        job.serve("--reward-fn", "x:y")
+    assert ended.value.code == 1

@@ -145,10 +145,12 @@ def test_grpo_follows_the_chance_of_success_where_rewards_are_0_and_1_and_no_obj
         got = expected_gradient(logits, baselines.grpo(success[GROUPS]))
         assert cosine(got, true_gradient(logits, ref, success, beta=0.0)) > 1 - 1e-9
     logits, ref, reward = random_problem(0)
-    binary, many = (
-        asymmetry(lambda x, r=r: expected_gradient(x, baselines.grpo(r[GROUPS])), logits) for r in ((reward > 0).double(), reward)
+    three = (reward > -0.5).double() + (reward > 0.5)
+    binary, some, many = (
+        asymmetry(lambda x, r=r: expected_gradient(x, baselines.grpo(r[GROUPS])), logits)
+        for r in ((reward > 0).double(), three, reward)
     )
-    assert binary < 1e-6 and many > 0.1
+    assert binary < 1e-6 and len(three.unique()) == 3 and some > 0.01 and many > 0.1
 
 
 @pytest.mark.parametrize("seed", range(3))

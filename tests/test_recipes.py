@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from recipes import chat, compare, evaluate, fit, hh, sft, toy, train_rm
 from recipes.fit import Plan
 from recipes.intervals import bootstrap, student, wilson
+from recipes.pipelines.hh import pipeline as hh_pipeline
 from reinforce.baselines import rloo
 from reinforce.data.preferences import Preference, split_by_opening
 from reinforce.errors import ConfigError
@@ -140,6 +141,14 @@ def test_an_answer_ends_with_exactly_one_end_token_and_the_prompt_is_tokenized_a
     assert tokenizer.decode(answer) == "fresh </s>", "what the template puts after the end token is not learned"
 
 
+def test_an_answer_ends_also_where_only_the_generation_config_has_an_end_token():
+    tokenizer = toy.make_tokenizer()
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    prompt, answer = sft.encode_example(tokenizer, (end,), ("pizza :", " the crust"))
+    assert answer[-1] == end and end not in prompt
+
+
 def test_an_answer_has_the_tokens_that_follow_the_prompt_s_own():
     """LLaMA-2's kind of tokenizer gives every text alone a space in front: an answer of its own would begin with two."""
     pieces = ["<unk>", "</s>", "▁", "▁is", "▁it", ":", "▁yes", "yes", "[", "]"]
@@ -192,6 +201,17 @@ def test_reward_model_training_reports_held_out_accuracy_and_stores_its_scale(sm
     assert (rewards.mean().item(), rewards.std().item()) == pytest.approx(
         (model.config.reward_mean, model.config.reward_std), rel=1e-4
     )
+
+
+def test_pairs_that_are_too_long_are_counted_and_scores_without_a_deviation_refused(small, pairs, tmp_path):
+    flags = ["--model", small / "policy", "--pairs", pairs, "--device", "cpu"]
+    code, out = recipe(train_rm, *flags, "--out", tmp_path / "short", "--max-length", "26", "--epochs", "0.1")
+    kept, held, left = map(
+        int, re.search(r"(\d+) to train on, (\d+) held out; left out (\d+) of more than 26 tokens", out).groups()
+    )
+    assert code == 0 and kept + held + left == 240 and left > 0
+    code, out = recipe(train_rm, *flags, "--out", tmp_path / "huge", "--lr", "1e30", "--epochs", "0.1")
+    assert code == 1 and "Traceback" not in out and not (tmp_path / "huge/config.json").exists()
 
 
 def test_a_margin_asks_for_a_larger_gap(small, monkeypatch):
@@ -461,6 +481,15 @@ def test_chat_and_sft_refuse_a_token_that_the_model_has_no_embedding_for(tmp_pat
     ):
         code, out = recipe(module, *flags, stdin=stdin)
         assert code == 2 and "a text holds the token" in out, out
+
+
+@pytest.mark.parametrize(("words", "most"), [([], 96), (["--max-new-tokens", "128"], 128), (["--max-new-tokens=64"], 96)])
+def test_launch_hh_evaluates_with_at_least_the_tokens_it_trained_with(tmp_path, words, most):
+    job = mock.MagicMock(address=("h", "1"))
+    job.output.return_value = str(tmp_path)
+    hh_pipeline(job, ["pairs.jsonl", "--base", str(tmp_path), *words])
+    flags = list(job.run.call_args.args)
+    assert flags[0] == "recipes/evaluate.py" and flags[flags.index("--max-new-tokens") + 1] == most
 
 
 @pytest.mark.slow

@@ -178,10 +178,8 @@ def test_refused_rows_of_a_step_whose_greedy_responses_get_no_reward_are_not_cou
     out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--baseline", "remax", "--log-dir", tmp_path / "run"))
     server.close()
     (last,) = (tmp_path / "run/checkpoints").iterdir()
-    assert (
-        out.returncode == 1
-        and metrics(tmp_path / "run")[-1]["refused"] == json.loads((last / "state.json").read_text())["refused"] == 1
-    )
+    saved = json.loads((last / "state.json").read_text())["refused"]
+    assert out.returncode == 1 and metrics(tmp_path / "run")[-1]["refused"] == saved == 1
 
 
 def test_exactly_as_many_rows_as_are_allowed_may_be_left_out():

@@ -31,34 +31,24 @@ def test_a_signal_while_a_model_loads_is_code_75_though_libraries_errors_are_cau
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 75
 
 
-def test_a_terminal_that_closes_stops_a_run_unless_nohup_has_it_ignored():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        stop = Stop()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.reason is None
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = Stop()
-        stop.in_loop = True
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.reason == "SIGHUP"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def test_a_terminal_that_closes_stops_a_run_unless_nohup_has_it_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = Stop()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.reason is None
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = Stop()
+    stop.note_only()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.reason == "SIGHUP"
 
 
-def test_a_second_signal_before_the_first_step_is_not_a_second_end():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        stop = Stop()
-        with pytest.raises(StoppedError, match="SIGTERM before the first step"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.reason == "SIGINT"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def test_a_second_signal_before_the_first_step_is_not_a_second_end(handlers):
+    stop = Stop()
+    with pytest.raises(StoppedError, match="SIGTERM before the first step"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason == "SIGINT"
 
 
 def test_the_time_limit_ends_with_75_and_the_run_goes_on(six, tmp_path):
@@ -301,17 +291,8 @@ def test_a_baseline_that_changes_its_state_in_place_and_fails_leaves_that_of_the
         "        return torch.zeros_like(R)\n"
         "counting = Counting()\n"
     )
-    out = train_here(
-        *flags,
-        "--baseline",
-        f"{tmp_path}/b.py:counting",
-        "--save-interval",
-        "99",
-        "--val-check-interval",
-        "99",
-        "--log-dir",
-        tmp_path / "run",
-    )
+    seldom = ["--save-interval", "99", "--val-check-interval", "99"]
+    out = train_here(*flags, *seldom, "--baseline", f"{tmp_path}/b.py:counting", "--log-dir", tmp_path / "run")
     (folder,) = checkpoint.checkpoints_of(tmp_path / "run")
     assert out.returncode == 1 and checkpoint.state(folder)["baseline"] == {"n": 2}
 

@@ -70,7 +70,7 @@ def conversation(value: Any) -> Messages:
     return list(messages)
 
 
-def said(messages: Messages) -> list[tuple[str, str]]:
+def words_of(messages: Messages) -> list[tuple[str, str]]:
     """Who says what, without space around it and whatever else a message may hold."""
     return [(m["role"], m["content"].strip()) for m in messages]
 
@@ -86,7 +86,7 @@ def side(record: dict[str, Any], key: str) -> Messages:
     if prompt is None:
         return conversation(reply)
     if is_chat(prompt) and is_chat(reply):
-        if said(reply[: len(prompt)]) == said(prompt):  # the prompt once more
+        if words_of(reply[: len(prompt)]) == words_of(prompt):  # the prompt once more
             return conversation(reply)
         if reply[0]["role"] in ("system", prompt[-1]["role"]):
             raise BadLineError(f'"{key}" neither begins with "prompt" nor goes on where it ends')

@@ -148,6 +148,6 @@ def run_in_folder(body: Callable[[Life], None]) -> int:
                 body(life)
             finally:
                 folder = life.folder or folder
-                life.stop.in_loop = True  # the run is over: a signal has nothing to stop any more
+                life.stop.note_only()  # the run is over: a signal has nothing to stop any more
 
     return run(main, lambda: folder)

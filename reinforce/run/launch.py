@@ -154,8 +154,7 @@ class Job:
                     stale.unlink()
             self.log.touch()
         except OSError as error:
-            reason = f"--log-dir {self.folder} cannot be written to ({error.strerror})"
-            raise EndedError(2, f"{reason}; give another folder") from error
+            raise unwritable(self.folder, error) from error
         srun, options = [], ["--exit-with-parent"]
         if self.hetjob:
             os.environ["RM_TOKEN_FILE"] = str(self.folder / "rm_token")
@@ -343,6 +342,12 @@ def new_folder(given: str | None, name: str, hetjob: slurm.Hetjob | None) -> Pat
     return whole if hetjob or whole != folder.absolute() else folder
 
 
+def unwritable(folder: Path, error: OSError) -> EndedError:
+    """What to raise where nothing can be written."""
+    reason = f"--log-dir {folder} cannot be written to ({error.strerror})"
+    return EndedError(2, f"{reason}; give another folder")
+
+
 def hold(folder: Path, wait: float) -> IO[str]:
     """The lock of this launcher on a run folder, held while it is open. Raises EndedError.
 
@@ -353,8 +358,7 @@ def hold(folder: Path, wait: float) -> IO[str]:
         try:
             held = (folder / ".launch").open("a")
         except OSError as error:
-            reason = f"--log-dir {folder} cannot be written to ({error.strerror})"
-            raise EndedError(2, f"{reason}; give another folder") from error
+            raise unwritable(folder, error) from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with (folder / ".lock").open("a") as trainers:

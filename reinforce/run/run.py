@@ -134,7 +134,7 @@ class Run:
 
         A signal or the time limit ends them early.
         """
-        self._stop.in_loop = True
+        self._stop.note_only()
         while self._done < self._total and self._stopped is None:
             self._began = time.perf_counter()
             self._actor.clock.read()

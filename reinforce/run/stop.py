@@ -20,7 +20,7 @@ class Stop:
     def __init__(self) -> None:
         """Take over the signals of this process, and start the clock of the limit."""
         self.signal: str | None = None
-        self.in_loop = False
+        self._only_noted = False
         self.limit: int | None = None  # seconds since this object was made
         self._began = time.monotonic()
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -29,9 +29,13 @@ class Stop:
         for number in numbers:
             signal.signal(number, self._on_signal)
 
+    def note_only(self) -> None:
+        """From now on a signal is noted and raises nothing: in the loop, and after its end."""
+        self._only_noted = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.signal = self.signal is None, signal.Signals(number).name
-        if is_first and not self.in_loop:
+        if is_first and not self._only_noted:
             raise StoppedError(f"stopped by {self.signal} before the first step")
 
     @property
