@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from recipes import toy
 from reinforce.policy import without_dropout
+from reinforce.run import exits
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup; processes under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 50
+SMALL_STEP = ["--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8"]
 
 split_models = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="tensor parallelism needs transformers 5.23"
@@ -194,3 +197,33 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def recipe(module, *words, stdin=""):
+    """A recipe's main in this process: exit code and what it printed."""
+    text = io.StringIO()
+    with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["x", *map(str, words)]),
+          mock.patch.object(sys, "stdin", io.StringIO(stdin))):  # fmt: skip
+        code = exits.run(module.main, name=module.__name__)
+    return code, text.getvalue()
+
+
+def data_flags(small, port):
+    """A policy, prompts and a reward server, as train.py and the recipes take them."""
+    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """HH-like pairs in the toy's words: the chosen review is the better one."""
+    rng, lines = random.Random(0), []
+    while len(lines) < 240:
+        thing = rng.choice(list(toy.PARTS))
+        a, b = toy.make_review(rng, thing), toy.make_review(rng, thing)
+        if toy.sentiment(a) <= toy.sentiment(b):
+            continue
+        prompt = f"\n\nHuman: {toy.make_prompt(rng)[0]} {len(lines)}\n\nAssistant: "
+        lines.append(json.dumps({"chosen": prompt + a, "rejected": prompt + b}) + "\n")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(lines))
+    return path

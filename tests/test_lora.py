@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import lora_probe
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, script, small_flags, tiny_gpt2, tiny_llama, train_here
+from conftest import ROOT, environment, metrics, recipe, script, small_flags, tiny_gpt2, tiny_llama, train_here
 from safetensors.torch import load_file, save_file
-from test_recipes import pairs, recipe  # noqa: F401
 from test_split import errors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PhimoeConfig, PhimoeForCausalLM
 
@@ -329,7 +328,7 @@ def changes(folder, initial, kind):
 
 
 @pytest.mark.parametrize("what", ["sft", "reward model"])
-def test_sft_and_reward_models_learn_by_lora_and_their_folders_are_ordinary(small, pairs, tmp_path, what):  # noqa: F811
+def test_sft_and_reward_models_learn_by_lora_and_their_folders_are_ordinary(small, pairs, tmp_path, what):
     """Every change of a weight has the adapter's rank, and what is in no block stays as it was."""
     words = ["--model", small / "policy", "--out", tmp_path / "out", "--lora-rank", "2", "--lr", "2e-2"]
     if what == "sft":

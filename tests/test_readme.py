@@ -28,14 +28,14 @@ WHOLE = {  # as it stands, under -m slow
     "python3 -m venv": "installs PyTorch",
     "./launch.sh --initial-policy-kl-penalty 0\n": "a run of a minute; its like is in test_end_to_end.py",
     "./launch.sh smollm2": "ten minutes, and packages that requirements.txt does not hold",
-    "./launch.sh compare": "thirty runs; test_recipes.py makes a small comparison",
+    "./launch.sh compare": "thirty runs; test_compare.py makes a small comparison",
     "torchrun train.py --log-dir runs/long": "waits for a time limit; test_stop.py",
 }
 SHORT = {  # with two steps, under -m slow
     "./launch.sh\n": "test_end_to_end.py starts it, and makes more steps",
     "torchrun train.py --baseline rloo": "what ./launch.sh starts",
     "torchrun --nproc": "several ranks: test_end_to_end.py",
-    "torchrun train.py --log-dir runs/mine": "an evaluation: test_recipes.py",
+    "torchrun train.py --log-dir runs/mine": "an evaluation: test_evaluate.py",
     "torchrun train.py --preset": "several optimizer steps: test_end_to_end.py",
     "toy=$(python recipes/toy.py)\npython serve_rm.py": "server and actor apart: test_end_to_end.py",
     "toy=$(python recipes/toy.py)\n./launch.sh run": "its like is in the README",

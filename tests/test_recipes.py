@@ -1,8 +1,5 @@
 """What comes before and after: SFT, reward-model training, evaluation, comparison, chat, and all of them by launch.sh hh."""
 
-import contextlib
-import dataclasses
-import io
 import json
 import math
 import random
@@ -10,57 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, environment, metrics, tiny_llama, train_here
+from conftest import ROOT, environment, recipe, tiny_llama, train_here
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes import chat, compare, evaluate, fit, hh, sft, toy, train_rm
 from recipes.fit import Plan
-from recipes.intervals import bootstrap, student, wilson
+from recipes.intervals import wilson
 from recipes.pipelines.hh import pipeline as hh_pipeline
-from reinforce.baselines import rloo
 from reinforce.data.preferences import Preference, split_by_opening
-from reinforce.errors import ConfigError
-from reinforce.flags import parse
-from reinforce.loss import reinforce_loss
 from reinforce.policy import load_policy
-from reinforce.rm_client import RewardClient
-from reinforce.run import exits
-from reinforce.run.config import TrainConfig
-from reinforce.run.curves import draw_curves
-from reinforce.run.loading import set_up
 from reinforce.serving.reward_model import load_reward_model
-from train import judge
-
-
-def recipe(module, *words, stdin=""):
-    """A recipe's main in this process: exit code and what it printed."""
-    text = io.StringIO()
-    with (contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), mock.patch.object(sys, "argv", ["x", *map(str, words)]),
-          mock.patch.object(sys, "stdin", io.StringIO(stdin))):  # fmt: skip
-        code = exits.run(module.main, name=module.__name__)
-    return code, text.getvalue()
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """HH-like pairs in the toy's words: the chosen review is the better one."""
-    rng, lines = random.Random(0), []
-    while len(lines) < 240:
-        thing = rng.choice(list(toy.PARTS))
-        a, b = toy.make_review(rng, thing), toy.make_review(rng, thing)
-        if toy.sentiment(a) <= toy.sentiment(b):
-            continue
-        prompt = f"\n\nHuman: {toy.make_prompt(rng)[0]} {len(lines)}\n\nAssistant: "
-        lines.append(json.dumps({"chosen": prompt + a, "rejected": prompt + b}) + "\n")
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture
@@ -245,115 +206,6 @@ def test_a_recipe_refuses_bad_flags_in_one_sentence(module, words, reason):
     assert code == 2 and reason in out and "Traceback" not in out and out.count("\n") <= 2
 
 
-def data_flags(small, port):
-    return ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port]
-
-
-SIZES = ["--num-rollout-samples", "6", "--num-rollouts-per-prompt", "2", "--max-new-tokens", "8"]
-
-
-def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(small, server, tmp_path):
-    run = tmp_path / "run"
-    words = [*data_flags(small, server), *SIZES, "--val-data", small / "train.jsonl", "--log-dir", run, "--lr", "0.01"]
-    assert train_here(*words).returncode == 0
-    draw_curves(run)
-    address = ["--run", run, "--rm-host", "127.0.0.1", "--rm-port", server]
-    code, out = recipe(evaluate, *address, "--policy", small / "policy")
-    assert code == 0, out
-    same = json.loads((run / "evaluation.json").read_text())
-    assert same["difference"] == {"mean": 0.0, "interval": [0.0, 0.0]} and same["win_rate"]["mean"] == 0.5
-    assert abs(same["kl"]["mean"]) < 1e-4, "the same policy on the same draws"
-
-    other = shutil.copytree(small / "policy", tmp_path / "other")
-    vocabulary = json.loads((other / "tokenizer.json").read_text())
-    ids = vocabulary["model"]["vocab"]
-    ids["crust"], ids["sauce"] = ids["sauce"], ids["crust"]
-    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
-    code, out = recipe(evaluate, *address, "--policy", other)
-    assert code == 2 and "its tokenizer is not that of the initial policy" in out and "Traceback" not in out, out
-
-    code, out = recipe(evaluate, *address)
-    assert code == 0, out
-    result = json.loads((run / "evaluation.json").read_text())
-    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
-    gaps = [row["trained_reward"] - row["initial_reward"] for row in rows]
-    assert len(rows) == result["prompts"] == 18
-    assert result["difference"]["mean"] == pytest.approx(sum(gaps) / 18) and result["difference"]["interval"] == list(
-        bootstrap(gaps)
-    )
-    assert result["win_rate"]["mean"] == pytest.approx(sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps) / 18)
-    page = (run / "report.html").read_text()
-    assert not re.search(
-        r"""(src|href)\s*=\s*["']?(?!data:)[^"'\s>]|https?://|@import|url\(""", page.replace("src = data.curves", "")
-    ), "no resources"
-    embedded = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
-    assert [s["trained"] for s in embedded["samples"]] == [row["trained"] for row in rows]
-    assert embedded["curves"].startswith("data:image/png;base64,")
-
-
-def test_a_run_is_evaluated_from_another_folder_and_not_against_another_policy(small, server, tmp_path, monkeypatch):
-    shutil.copytree(small / "policy", tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    words = [
-        *data_flags(small, server),
-        *SIZES,
-        "--policy",
-        "base",
-        "--val-data",
-        small / "train.jsonl",
-        "--log-dir",
-        "run",
-        "--max-steps",
-        "1",
-    ]
-    assert train_here(*words).returncode == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    address = ["--run", "../run", "--rm-host", "127.0.0.1", "--rm-port", server, "--max-prompts", "2"]
-    assert recipe(evaluate, *address)[0] == 0
-    tiny_llama(vocabulary=200).save_pretrained(tmp_path / "base")
-    code, out = recipe(evaluate, *address)
-    assert code == 2 and f"the policy that it began with, {tmp_path}/base, is not there or is another one now" in out, out
-    assert recipe(evaluate, *address, "--initial-policy", small / "policy")[0] == 0
-
-
-@pytest.mark.parametrize("reward_model", ["the toy's", "another"])
-def test_a_run_on_the_toy_s_policy_is_judged_by_the_toy_s_reward_only_if_that_trained_it(
-    small, server, tmp_path, monkeypatch, reward_model
-):
-    client = RewardClient("127.0.0.1", server)
-    client.connect()
-    given = parse(TrainConfig, "", [*map(str, data_flags(small, server)), "--val-data", "v.jsonl", "--max-new-tokens", "7"])
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(given)))
-    (tmp_path / "identity.json").write_text(
-        json.dumps({"reward_model": client.fingerprint if reward_model == "the toy's" else "another"})
-    )
-    monkeypatch.setattr(toy, "is_toy", lambda policy: policy == str(small / "policy"))
-    monkeypatch.setattr(toy, "server", lambda: contextlib.nullcontext(("127.0.0.1", server)))
-    config = evaluate.Config(run=str(tmp_path), policy="p")
-    with ExitStack() as stack:
-        if reward_model == "the toy's":
-            assert evaluate.settings_of(config, stack)[0].rm_port == server
-        else:
-            with pytest.raises(ConfigError, match="--rm-host and --rm-port are missing"):
-                evaluate.settings_of(config, stack)
-
-
-def test_a_win_on_every_prompt_is_no_certainty():
-    """A bootstrap of equal values has no width; Wilson's interval has, and ties are half a win."""
-    lost, won, other = (evaluate.Group(0, "p", [said], [reward], None, [reward], [True], [3], [True], [0.0])
-                        for said, reward in (("a", 0.0), ("b", 1.0), ("c", 0.0)))  # fmt: skip
-    assert evaluate.compare([lost] * 16, [won] * 16)["win_rate"]["interval"] == pytest.approx((0.806, 1.0), abs=1e-3)
-    assert evaluate.compare([lost] * 16, [other] * 16)["win_rate"]["mean"] == 0.5
-
-
-def test_the_same_reply_twice_is_a_tie_whatever_the_rounding_of_its_rewards():
-    first, again, cut = (evaluate.Group(0, "p", ["r"], [r], None, [r], [True], [3], [f], [0.0])
-                         for r, f in ((1.0, True), (1.0 + 1e-7, True), (1.5, False)))  # fmt: skip
-    assert evaluate.compare([first], [again])["win_rate"]["mean"] == 0.5
-    assert evaluate.compare([first], [cut])["win_rate"]["mean"] == 1.0
-
-
 @pytest.mark.parametrize(("module", "flags", "said"), [
     (chat, ["--policy", "x", "--top-p", "2"], "--top-p is 2.0; it must be at most 1"),
     (compare, ["--noise-prompts", "1"], "--noise-prompts must be 2 or more"),
@@ -363,90 +215,6 @@ def test_the_same_reply_twice_is_a_tie_whatever_the_rounding_of_its_rewards():
 def test_values_that_could_only_train_or_measure_nonsense_are_refused(module, flags, said):
     code, out = recipe(module, *flags)
     assert code == 2 and said in out and "Traceback" not in out
-
-
-def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
-    group = evaluate.Group(
-        0, "</script><b>", ["</script><script>alert(1)</script>"], [1.0], None, [1.0], [True], [3], [True], [0.0]
-    )
-    evaluate.write_report(tmp_path, "t", evaluate.compare([group], [group]), [group], [group])
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("</script>") == 2 and "alert(1)\\u003c/script>" in page
-
-
-def test_gradient_noise_equals_a_loop_over_prompts(small, server):
-    config = parse(TrainConfig, "", [str(w) for w in [*data_flags(small, server), *SIZES]])
-    actor, data = set_up(config)
-    prompts = data.prompts[:5]
-    got = compare.gradient_noise(actor, prompts, ["rloo", "none"])
-    out = actor.sample(prompts, compare.NOISE_STEP)
-    objective = judge(actor, prompts, out).objective.view(5, 2)
-    for name, advantage in (("rloo", rloo(objective)), ("none", objective)):
-        rows = []
-        for p in range(5):
-            part = out.take([2 * p, 2 * p + 1])
-            logp = actor.scorer(part.prompt, part.prompt_mask, part.response, part.mask)
-            loss = reinforce_loss(logp, advantage[p].float(), part.mask, 2)
-            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(actor.model.parameters()))]).double())
-        g = torch.stack(rows)
-        trace, mean = g.var(0).sum(), g.mean(0).square().sum()
-        signal = (mean - trace / 5).item()
-        assert got[name] == (pytest.approx((trace / 6).item() / signal, rel=1e-3) if signal > 0 else None)
-
-
-@pytest.mark.slow
-def test_compare_reads_every_run_at_the_same_number_of_tokens(small, server, tmp_path):
-    words = [
-        "--baselines",
-        "rloo",
-        "remax",
-        "--seeds",
-        "2",
-        "--max-steps",
-        "3",
-        "--noise-prompts",
-        "3",
-        "--jobs",
-        "2",
-        "--target",
-        "-9",
-    ]
-    code, out = recipe(compare, *data_flags(small, server), *words, "--log-dir", tmp_path / "c", "--", *SIZES)
-    assert code == 0, out
-    facts = json.loads((tmp_path / "c/compare.json").read_text())
-    totals = {}
-    for run in sorted((tmp_path / "c").glob("*-*/metrics.jsonl")):
-        groups = [json.loads(line) for line in (run.parent / "rollouts.jsonl").read_text().splitlines()]
-        sampled = sum(sum(g["length"]) for g in groups)
-        totals[run.parent.name] = sum(line["tokens"] for line in metrics(run.parent))
-        assert (totals[run.parent.name] > sampled) == run.parent.name.startswith("remax"), "the greedy responses count"
-    assert facts["budget"] == min(totals.values()) and {len(v) for v in facts["runs"].values()} == {2}
-    assert (tmp_path / "c/compare.png").read_bytes()[:4] == b"\x89PNG"
-    table = (tmp_path / "c/compare.md").read_text()
-    assert table.splitlines()[2].startswith("| rloo |") and table in out
-
-
-def test_a_run_is_read_up_to_the_budget_and_not_beyond():
-    lines = [{"step": i + 1, "reward": float(i), "objective": float(i), "kl": None, "tokens_so_far": 10 * (i + 1), "seconds_so_far": i + 1.0}
-             for i in range(20)]  # fmt: skip
-    got = compare.at_budget(lines, 100, target=5.0)
-    assert got["steps"] == 10 and got["reward"] == 9.0 and got["kl"] is None
-    assert got["tokens"] == 80, "the first step whose last five rewards, 3 to 7, average 5"
-    assert compare.at_budget(lines, 100, target=50.0)["tokens"] is None
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    draw = torch.Generator().manual_seed(0)
-    covered = {"wilson": 0, "student": 0, "bootstrap": 0}
-    for _ in range(400):
-        hits = int((torch.rand(60, generator=draw) < 0.6).sum())
-        values = torch.randn(60, generator=draw).add(1).tolist()
-        mean, half = student(values[:5])
-        low, high = bootstrap(values, draws=1000)
-        covered["wilson"] += wilson(hits, 60)[0] <= 0.6 <= wilson(hits, 60)[1]
-        covered["student"] += abs(mean - 1) <= half
-        covered["bootstrap"] += low <= 1 <= high
-    assert all(0.91 <= n / 400 <= 0.985 for n in covered.values()), covered
 
 
 def test_chat_replies_to_each_line_and_remembers_the_conversation(small, tmp_path, monkeypatch):
@@ -506,21 +274,3 @@ def test_launch_hh_runs_from_pairs_to_report_with_any_base(small, pairs, tmp_pat
     for stage in ("== sft", "== reward_model", "held-out accuracy", "== reinforce", "== evaluate", "win rate", "report runs/hh-"):
         assert stage in done.stdout
     assert (folder / "runs/latest/report.html").exists()
-
-
-def test_a_seed_of_0_is_evaluations_own_and_an_absent_switch_is_not():
-    config = evaluate.Config(seed=0, rm_wait=0.0)
-    assert evaluate.given(config, "seed") and evaluate.given(config, "rm_wait")
-    assert not evaluate.given(config, "skip_bad_lines") and not evaluate.given(config, "temperature")
-
-
-def test_settings_of_a_run_survive_the_way_through_its_folder(small, server, tmp_path):
-    config = evaluate.Config(run=str(tmp_path), test_data="t.jsonl", rm_host="h", rm_port=1, temperature=0.5, policy="p")
-    given = parse(
-        TrainConfig, "", [str(w) for w in [*data_flags(small, server), "--end-strings", "a", "b", "--max-new-tokens", "7"]]
-    )
-    (tmp_path / "config.json").write_text(json.dumps({**dataclasses.asdict(given), "torch": "2"}))
-    with ExitStack() as stack:
-        settings, run, policy = evaluate.settings_of(config, stack)
-    assert (settings.end_strings, settings.max_new_tokens, settings.temperature) == (("a", "b"), 7, 0.5)
-    assert (run, policy, settings.train_data, settings.rm_host) == (tmp_path, "p", "t.jsonl", "h")

@@ -10,7 +10,6 @@ import time
 import pytest
 from conftest import ROOT, environment, metrics
 from test_readme import blocks
-from test_recipes import pairs  # noqa: F401  (a fixture)
 from test_slurm import SCONTROL, SRUN
 
 pytestmark = pytest.mark.slow  # a minute
@@ -41,7 +40,7 @@ def ended(process, timeout=200):
 
 
 @pytest.fixture(scope="module")
-def folder(small, pairs, tmp_path_factory):  # noqa: F811
+def folder(small, pairs, tmp_path_factory):
     """The repository's scripts, a base model, pairs, and what the first block of the page makes of them."""
     folder = tmp_path_factory.mktemp("tutorial")
     for name in ("recipes", "reinforce", "train.py", "serve_rm.py", "launch.sh"):
