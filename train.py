@@ -45,7 +45,10 @@ from reinforce.text import Prompt
 
 
 def judge(actor: Actor, prompts: Sequence[Prompt], rollout: Rollout, kind: str = SAMPLED) -> Judged:
-    """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64."""
+    """r, KL and R = r - beta * KL - missing-EOS penalty of each response, (B,) float64.
+
+    `kind` names the responses where the server refuses one.
+    """
     config, kl = actor.config, None
     requested = actor.request_rewards(prompts, rollout, kind)  # over HTTP, while pi_ref scores
     ref_logp = actor.reference_logp(rollout)  # (B, T), or None if beta = 0
@@ -128,7 +131,8 @@ def train(actor: Actor, data: Data, run: Run) -> None:
 def start(life: exits.Life) -> None:
     """Check what can be wrong, cheapest first; then load the models and run the loop."""
     given = dataclasses.replace(parse(TrainConfig, __doc__), log_dir=life.log_dir)
-    begun = setup.begin(given)
+    begun = setup.begin(given)  # joins the ranks, finds where the run starts
+    # flags that are not given are as the run began; without --policy it is the toy
     config = toy.stand_in(given.filled(dict(begun.start.began_with)), life.stack)
     inputs = setup.check(config, begun)
     name = "toy" if given.policy is None else Path(given.policy).name

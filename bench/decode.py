@@ -50,11 +50,11 @@ def main() -> None:
     def seconds(b: int, t: int) -> float:
         prompts = [[(7 * i + j) % 1000 + 10 for j in range(args.prompt)] for i in range(b // K)]
         seeds = [row_seed(0, 0, i, k) for i in range(b // K) for k in range(K)]
-        how = Sampling(t, (), 0)
+        sampling = Sampling(t, (), 0)
 
         def work() -> None:
             with devices.autocast(device, bf16), packed_weights(model, bf16):
-                sample(model, prompts, seeds, how, device)
+                sample(model, prompts, seeds, sampling, device)
 
         return machine.median_seconds(work, args.repeats, device)
 

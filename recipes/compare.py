@@ -62,7 +62,7 @@ TAKEN = {
     *("--max-steps", "--save-interval", "--skip-refused"),
 }
 # steps in the seeds of the random numbers: no training step has them
-NOISE_STEP, MEAN_STEP = -3, -4
+NOISE_STEP, EARLIER_STEP = -3, -4
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def gradient_noise(
     out = actor.sample(prompts, NOISE_STEP)
     greedy = actor.sample_greedy(prompts, NOISE_STEP)
     # what a baseline with a state has seen before
-    earlier = actor.sample(prompts, MEAN_STEP)
+    earlier = actor.sample(prompts, EARLIER_STEP)
     reward = judge(actor, prompts, out).objective.view(-1, k)  # (n, K)
     past = judge(actor, prompts, earlier).objective.view(-1, k)  # (n, K)
     valid = torch.ones_like(reward, dtype=torch.bool)  # (n, K)

@@ -16,7 +16,10 @@ from reinforce.rollout import micro_batches
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of training: each example once an epoch, the rate warmed up and decayed to a tenth."""
+    """A plan of training: each example once an epoch.
+
+    The rate rises for a twentieth of the steps, then follows a cosine towards a tenth.
+    """
 
     lr: float
     batch_size: int

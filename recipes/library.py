@@ -15,11 +15,11 @@ tokenizer = reinforce.load_tokenizer(folder)
 policy, reference = (reinforce.load_policy(folder, tokenizer, CPU) for _ in range(2))
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 ends = reinforce.end_tokens(folder, tokenizer)
-how = reinforce.Sampling(24, end_ids=ends, pad_id=tokenizer.pad_token_id)
+sampling = reinforce.Sampling(24, end_ids=ends, pad_id=tokenizer.pad_token_id)
 
 ids = [reinforce.encode(tokenizer, prompt) for prompt in prompts]
 seeds = [reinforce.row_seed(0, 0, i, k) for i in range(len(ids)) for k in range(K)]
-out = reinforce.sample(policy, ids, seeds, how)  # B = P * K rows
+out = reinforce.sample(policy, ids, seeds, sampling)  # B = P * K rows
 rows = (out.prompt, out.prompt_mask, out.response, out.mask)
 texts = [tokenizer.decode(y[mask]) for y, mask in zip(out.response, out.mask, strict=True)]
 reward = torch.tensor([float(len(set(y.split()))) for y in texts])  # (B,): yours goes here

@@ -89,12 +89,12 @@ def main() -> None:
     policy, reference = (load_policy(name, tokenizer, CPU) for _ in range(2))
     log_pi, log_pi_ref = Scorer(policy), Scorer(reference)
     optimizer = adamw(policy, lr, BETAS, weight_decay=0.0)
-    how = Sampling(config.max_new_tokens, end_tokens(name, tokenizer), tokenizer.pad_token_id)
+    sampling = Sampling(config.max_new_tokens, end_tokens(name, tokenizer), tokenizer.pad_token_id)
 
     for n in range(config.steps):
         # 1. sample: K responses y ~ pi to the prompt
         seeds = [row_seed(config.seed, n, prompt.index, k) for k in range(K)]
-        y = sample(policy, [prompt.ids], seeds, how)
+        y = sample(policy, [prompt.ids], seeds, sampling)
         rows = (y.prompt, y.prompt_mask, y.response, y.mask)  # (K, S) twice, (K, T) twice
 
         # 2. and 3. reward r, KL to the initial policy, R = r - beta * KL

@@ -315,7 +315,7 @@ def sample_ids(
     return [row[mask].tolist() for row, mask in zip(out.response, out.mask, strict=True)]
 
 
-def judge(name: str, policy: Path, tokenizer: Any, temperature: float) -> str:
+def grammar_line(name: str, policy: Path, tokenizer: Any, temperature: float) -> str:
     """A line of the table: the grammar's judgement of 256 fresh samples of a policy."""
     rng = random.Random(7)
     model = load_policy(str(policy), tokenizer, torch.device("cpu"))
@@ -349,8 +349,8 @@ def main() -> None:
     print("the grammar's own label of 256 fresh samples:")
     print(f"{'':>8} {'positive':>9} {'grammatical':>12}   a sample")
     temperature = json.loads((Path(run) / "config.json").read_text())["temperature"]
-    print(judge("before", folder / "policy", tokenizer, temperature))
-    print(judge("after", last, tokenizer, temperature))
+    print(grammar_line("before", folder / "policy", tokenizer, temperature))
+    print(grammar_line("after", last, tokenizer, temperature))
 
 
 if __name__ == "__main__":

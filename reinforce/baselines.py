@@ -41,9 +41,9 @@ def _checked(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 def _shifted(reward: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return rewards minus their group's first valid one (P, K), valid (P, K), and its sums (P, 1).
 
-    Group baselines do not change when a constant is added to a group. Subtracting a member first
-    makes equal rewards give exactly 0: the mean of seven equal floats is often one rounding off,
-    and `grpo` would divide that by almost nothing.
+    A group's advantages do not change when a constant is added to its rewards. Subtracting a
+    member first makes equal rewards give exactly 0: the mean of seven equal floats is often one
+    rounding off, and `grpo` would divide that by almost nothing.
     """
     reward, valid = _checked(reward, valid)
     first = reward.gather(1, valid.int().argmax(1, keepdim=True))  # (P, 1)
@@ -196,7 +196,7 @@ class Baseline:
         return getattr(self.function, "state", None)
 
     def restore(self, state: Any) -> None:
-        """Undo reading `state`."""
+        """Give the function back a `state` that was read before; nothing happens without one."""
         if hasattr(self.function, "state"):
             self.function.state = state
 

@@ -98,6 +98,7 @@ class Scorer(nn.Module):
         response is predicted at column S - 1 + t, one before its own.
         """
         hf, s = cast(Any, self.model), prompt.shape[1]
+        # without a plain head the model's own forward gives logits, to be cast alone
         head = float32_product(hf.get_output_embeddings()) if self.plain else Tensor.float
         if self.shares_prompt:
             states = response_states(hf.base_model, prompt, prompt_mask, response, mask)  # (n, H)

@@ -46,8 +46,8 @@ def counted(finished: Tensor, reward: Tensor, truncated: str) -> Tensor:
     """`valid` of each response, (B,) bool: it has a reward, and with --truncated drop has finished.
 
     A reward of NaN stands for a response that the server refused. Leaving rows out is biased. For
-    one prompt, rloo climbs E[R | counted] + beta log P(counted), and no baseline
-    E[R * 1{counted}] + beta P(counted). The former is E_q[r] - beta KL(q || pi_ref), q = pi given
+    one prompt, rloo climbs E[R | counted] + beta log P(counted), and none climbs
+    E[R * 1{counted}] + beta P(counted). The first is E_q[r] - beta KL(q || pi_ref), q = pi given
     counted: nothing pulls on P(counted). Over several prompts, N counts the rows of all of them, so
     a prompt with few counted rows weighs less: rloo weighs the gradient of prompt x by
     E[n 1{n >= 2} / N], n its counted rows.

@@ -24,7 +24,7 @@ class RefusedRowError(RewardError):
     """The server refuses a response; what the run folder is told of it."""
 
     def __init__(self, row: Row) -> None:
-        """`row` is what `refused_row` makes."""
+        """`row` is what `Actor.ask` notes of the response; it goes to refused.jsonl."""
         super().__init__(
             f"prompt {row['index'] + 1}, {row['prompt'][-60:]!r}, "
             f"{row['kind']} {row['response'][:60]!r}: {row['answer']}"

@@ -2,7 +2,8 @@
 
 A reward is never invented. What another try can cure (a refused or cut connection, a time-out,
 408, 429, 502, 503, 504) is tried again, with growing pauses, until a total deadline. Everything
-else ends the run at once. Scoring is a pure function of the text, so trying again is safe.
+else raises at once (refused.py may then leave the text out). Scoring is a pure function of the
+text, so trying again is safe.
 """
 
 import http.client

@@ -54,6 +54,9 @@ class Sampling:
 def row_seed(seed: int, step: int, prompt: int, k: int) -> int:
     """Seed of one row, the same on every machine and in every process.
 
+    Steps below 0 are no training steps: -1 validation, -2 recipes/evaluate.py, -3 and -4
+    recipes/compare.py. Prompt -1 is the order of the prompts.
+
     It has 63 bits, of which PyTorch's generator on a CPU takes the lower 32.
 
     >>> row_seed(0, 0, 0, 0) == row_seed(0, 0, 0, 0) != row_seed(0, 0, 0, 1)
@@ -135,7 +138,7 @@ def sample_in_batches(
     model: Callable[..., Any],
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    how: Sampling,
+    sampling: Sampling,
     max_rows: int,
     device: torch.device = CPU,
 ) -> Rollout:
@@ -143,10 +146,10 @@ def sample_in_batches(
     k = len(seeds) // len(prompts)
     n = max(1, max_rows // k)
     parts = [
-        sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], how, device)
+        sample(model, prompts[i : i + n], seeds[i * k : (i + n) * k], sampling, device)
         for i in range(0, len(prompts), n)
     ]
-    return join(parts, how.pad_id)
+    return join(parts, sampling.pad_id)
 
 
 @torch.no_grad()
@@ -154,7 +157,7 @@ def sample(
     model: Callable[..., Any],
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    how: Sampling,
+    sampling: Sampling,
     device: torch.device = CPU,
 ) -> Rollout:
     """Sample len(seeds) / len(prompts) = K responses to each prompt; seeds in row order.
@@ -166,7 +169,7 @@ def sample(
     if not prompts or len(seeds) % len(prompts) or not all(map(len, prompts)):
         shortest = min(map(len, prompts), default=0)
         raise ValueError(f"{len(prompts)} prompts of {shortest} tokens or more, {len(seeds)} seeds")
-    prompt, prompt_mask = left_pad(prompts, how.pad_id, device)  # (P, S)
+    prompt, prompt_mask = left_pad(prompts, sampling.pad_id, device)  # (P, S)
     out = model(
         input_ids=prompt,
         attention_mask=prompt_mask.long(),
@@ -174,9 +177,9 @@ def sample(
         use_cache=True,
         logits_to_keep=1,
     )
-    k, b, t_max = len(seeds) // len(prompts), len(seeds), how.max_new_tokens
-    kept = cache_name(out)
-    cache = getattr(out, kept)
+    k, b, t_max = len(seeds) // len(prompts), len(seeds), sampling.max_new_tokens
+    cache_key = cache_name(out)
+    cache = getattr(out, cache_key)
     cache.batch_repeat_interleave(k)
     give_room(cache)
     logits = out.logits[:, -1].repeat_interleave(k, 0)  # (B, V)
@@ -184,26 +187,29 @@ def sample(
     prompt_mask = prompt_mask.repeat_interleave(k, 0)  # (B, S)
     coins = draw_coins(seeds, t_max, logits.shape[1]).to(device)  # (B, T, log2 V)
 
-    response = torch.full((b, t_max), how.pad_id, device=device)  # (B, T)
+    response = torch.full((b, t_max), sampling.pad_id, device=device)  # (B, T)
     logp = torch.zeros(b, t_max, device=device)  # (B, T)
     length = torch.full((b,), t_max, device=device)  # (B,)
     finished = torch.zeros(b, dtype=torch.bool, device=device)  # (B,)
-    end_ids = torch.tensor(how.end_ids, dtype=torch.long, device=device)
+    end_ids = torch.tensor(sampling.end_ids, dtype=torch.long, device=device)
+    end_strings, decode, least = sampling.end_strings, sampling.decode, sampling.min_new_tokens
     alive = torch.arange(b, device=device)  # (n,) rows not yet ended
     for t in range(t_max):
         at = torch.full_like(alive, t)  # (n,)
-        logits = policy_logits(logits, at, how.temperature, end_ids, how.min_new_tokens)  # (n, V)
-        if how.top_k or how.top_p < 1:
-            logits = keep_likely(logits, how.top_k, how.top_p)
+        logits = policy_logits(logits, at, sampling.temperature, end_ids, least)  # (n, V)
+        if sampling.top_k or sampling.top_p < 1:
+            logits = keep_likely(logits, sampling.top_k, sampling.top_p)
         token_logp = logits.log_softmax(-1)  # (n, V)
-        coin = coins[alive, t]  # (n, log2 V)
-        token = logits.argmax(-1) if how.greedy else sample_token(token_logp.exp(), coin)  # (n,)
+        if sampling.greedy:
+            token = logits.argmax(-1)  # (n,)
+        else:
+            token = sample_token(token_logp.exp(), coins[alive, t])  # (n,)
         response[alive, t] = token
         logp[alive, t] = token_logp.gather(1, token[:, None])[:, 0]
         ended = torch.isin(token, end_ids)  # (n,)
-        if how.end_strings and how.decode is not None and t + 1 >= how.min_new_tokens:
+        if end_strings and decode is not None and t + 1 >= least:
             tokens = torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1)  # (n, 1 + t)
-            ended |= completes(tokens, how.end_strings, how.decode)
+            ended |= completes(tokens, end_strings, decode)
         length[alive[ended]] = t + 1
         finished[alive[ended]] = True
         if t + 1 == t_max or bool(ended.all()):
@@ -219,7 +225,7 @@ def sample(
             attention_mask=seen.long(),
             position_ids=positions(seen)[:, -1:],
             use_cache=True,
-            **{kept: cache},
+            **{cache_key: cache},
         ).logits[:, -1]
 
     t = int(length.max())
@@ -232,9 +238,9 @@ def completes(
 ) -> Tensor:
     """Which responses hold an end string that their last token completed, (n,) bool.
 
-    tokens (n, 1 + t): the prompt's last token, then the response. Only text after the first of the
-    tokens that are looked at counts. It is decoded with them, since a tokenizer may drop the space
-    before a text's first word.
+    tokens (n, 1 + t): the prompt's last token, then the response. The last few are decoded, and the
+    first of these is context alone, since a tokenizer may drop the space before a text's first
+    word: an end string must lie behind it.
     """
     window = max(len(s.encode()) for s in end_strings) + 2  # a token is at least one byte
 

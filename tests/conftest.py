@@ -138,7 +138,7 @@ def server():
 
 
 def environment(**extra):
-    """The environment of a script under test: no proxies, no hub, and one thread so that runs repeat."""
+    """The environment of a script under test: no proxies and no hub."""
     kept = {k: v for k, v in os.environ.items() if k.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "RM_TOKEN", "RM_TOKEN_FILE")}
     return {**kept, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in extra.items()}}
 

@@ -70,7 +70,7 @@ def test_the_maths_imports_torch_alone(name):
     assert imports(MODULES[f"reinforce.{name}"]) <= allowed
 
 
-def test_only_distributed_imports_torch_distributed():
+def test_only_the_modules_about_ranks_import_torch_distributed():
     for path in [*FILES, ROOT / "train.py", ROOT / "serve_rm.py", *(ROOT / "recipes").glob("*.py")]:
         if path.name not in ("distributed.py", "tensor_parallel.py", "torchrun.py"):
             assert not any(name.startswith("torch.distributed") for name in imports(path)), path

@@ -64,8 +64,7 @@ def test_a_policy_equal_to_its_reference_has_kl_zero_from_the_scorer_and_almost_
 
 
 def test_bf16_reference_scores_exactly_as_the_policy_under_autocast(tmp_path):
-    from conftest import toy
-
+    from recipes import toy
     from reinforce.policy import load_policy
 
     tokenizer = toy.make_tokenizer()
@@ -176,7 +175,6 @@ def test_two_scorings_are_equal_because_dropout_is_off():
 def test_after_an_update_the_sampler_draws_from_the_new_policy():
     model = tiny_llama()
     before = rollout(model)
-    torch.optim.SGD(model.parameters(), lr=0.5).step()
     reinforce_loss(score(model, before), torch.linspace(-1, 1, 12), before.mask, 12).backward()
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     after = rollout(model)

@@ -406,15 +406,14 @@ def test_with_two_prompts_rows_that_are_left_out_also_make_their_prompt_weigh_le
         given.append(given_finished(logits, ref, reward))
         rows = torch.where(valid, r[groups], torch.nan) if kind == "refused" else r[groups]
         advantage = baselines.rloo(rows, valid)  # (N^2, 2)
-        other = counts[0] if len(counts) == 2 else None
-        got.append((logits, advantage, valid, other))
+        got.append((logits, advantage, valid))
     weights = []
-    for i, (logits, advantage, valid, _) in enumerate(got):
+    for i, (logits, advantage, valid) in enumerate(got):
         other = counts[1 - i]
         n = valid.sum(1)  # (N^2,)
         inverse = sum(chance_j / (n + j).clamp(min=1).double() for j, chance_j in enumerate(other))  # E[1 / N] given this group
         estimate = expected_gradient(logits, advantage * inverse[:, None] * k, groups=groups)
-        weight = sum(counts[i][m] * m * sum(c / (m + j) for j, c in enumerate(other)) for m in (2,))
+        weight = counts[i][2] * 2 * sum(c / (2 + j) for j, c in enumerate(other))
         torch.testing.assert_close(estimate, weight * given[i], rtol=0, atol=1e-12)
         weights.append(weight)
     assert shares[0] > 2 * shares[1] and weights[0] / weights[1] > 2 * shares[0] / shares[1]

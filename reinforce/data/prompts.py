@@ -101,7 +101,10 @@ def prompt_of(record: dict[str, Any], prompt_key: str | None) -> tuple[str, Any]
 
 
 def must_be_json(key: str, value: Any) -> None:
-    """Raise BadLineError on a label that cannot be sent to a reward server: a date, say, or NaN."""
+    """Raise BadLineError on what cannot be sent to a reward server, in a prompt or a label.
+
+    A date, say, or NaN.
+    """
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:

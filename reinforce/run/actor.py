@@ -195,7 +195,8 @@ class Actor:
         """logp of every response token under `scorer`, (B, T) float32; 0 outside the mask."""
         logp = torch.zeros_like(rollout.logp)  # (B, T)
         max_rows = self.config.forward_micro_batch_size
-        tokens = sys.maxsize if self.policy.plain else self.tokens  # else logits come whole
+        # without a plain head the logits of all positions are made at once: bound them
+        tokens = sys.maxsize if self.policy.plain else self.max_tokens
         group = rollout.groups if self.policy.shares_prompt else None
         runs = micro_batches(*rollout.lengths, max_rows, tokens, group)
         for rows in distributed.in_step(runs):
@@ -204,8 +205,8 @@ class Actor:
         return logp
 
     @property
-    def tokens(self) -> int:
-        """Most tokens of a micro-batch."""
+    def max_tokens(self) -> int:
+        """--micro-batch-tokens, or this device's default."""
         return self.config.micro_batch_tokens or MICRO_BATCH_TOKENS[self.device.type]
 
     def micro_batches(self, batch: Batch, update: Update) -> Iterator[Batch]:
@@ -215,7 +216,7 @@ class Actor:
         one that has no rows left gets a row of weight 0, since a sharded model needs all ranks.
         """
         self.idle.drop()
-        most = self.config.micro_batch_size, self.tokens
+        most = self.config.micro_batch_size, self.max_tokens
         prompt, response = ([lengths[b] for b in update.rows] for lengths in batch.rollout.lengths)
         groups = batch.rollout.groups if self.policy.shares_prompt else None
         group = None if groups is None else [groups[b] for b in update.rows]

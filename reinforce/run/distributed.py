@@ -1,4 +1,4 @@
-"""All calls of torch.distributed, behind a few verbs.
+"""What the loop needs of torch.distributed, behind a few verbs.
 
 Whole prompts are dealt to the ranks round-robin, so the K responses of a group are on one rank.
 The results of all ranks are gathered in prompt order: every rank computes advantages and metrics

@@ -19,7 +19,7 @@ class Recorder:
     """Rank 0's files of a run folder and progress on screen; other ranks have a `Silent` one."""
 
     def __init__(self, folder: Path, total: int, done: int = 0) -> None:
-        """`total` steps are to come, of which `done` are there already."""
+        """The run has `total` steps in all, of which `done` are made already."""
         self.folder = folder
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._rollouts = (folder / "rollouts.jsonl").open("a", buffering=1)

@@ -15,7 +15,7 @@ class Progress:
     """What is done of a run. The bar is on standard error, lines of text are on standard output."""
 
     def __init__(self, total: int, done: int = 0) -> None:
-        """`total` steps are to come, of which `done` are there already."""
+        """The run has `total` steps in all, of which `done` are made already."""
         self._total, self._done, self._done_before = total, done, done
         self._began = time.monotonic()
         self._numbers: dict[str, str] = {}  # of the last step

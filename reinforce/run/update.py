@@ -64,10 +64,10 @@ class Summed:
 
 
 class Sums:
-    """The same, while micro-batches are added on this rank."""
+    """Adds up the micro-batches of one optimizer step on this rank."""
 
     def __init__(self, batch: Batch, ratio_clip: float) -> None:
-        """Of `batch` is only the shape read."""
+        """Only the shape of `batch` is read."""
         self._loss, self._clipped = batch.advantage.new_zeros(()), batch.advantage.new_zeros(())
         self._logp, self._ratio_clip = torch.zeros_like(batch.rollout.logp), ratio_clip  # (B, T)
 
