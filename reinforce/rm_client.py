@@ -15,7 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reinforce.errors import ConfigError, RetryError
-from reinforce.rm_connection import LATE, RETRIED, Connection, Reply, RewardError, TryAgainError
+from reinforce.rm_connection import (
+    GLANCE,
+    LATE,
+    RETRIED,
+    Connection,
+    Reply,
+    RewardError,
+    TryAgainError,
+)
 from reinforce.rm_reply import (
     ServerInfo,
     index_of,
@@ -219,10 +227,7 @@ class RewardClient:
                 if self._info is not None and expected > self._info.max_texts:
                     said = f"{self.url} was restarted and takes fewer texts"
                     raise RefusedError(said, too_large=True) from error
-                if self.stopped():
-                    raise RetryError(
-                        f"stopped while reward server {self.url} gave no usable answer ({error})"
-                    ) from error
+                self._must_go_on(error)
                 if error.late and expected > 1:  # of too many texts, or behind too many others
                     self._most = expected // 2
                     said = f"{self.url} does not answer {expected} texts in time"
@@ -233,12 +238,32 @@ class RewardClient:
                         f"reward server {self.url} gave no usable answer "
                         f"within {self._deadline:g} s ({error})"
                     ) from error
-                time.sleep(pause)
+                self._rest(pause)
+                self._must_go_on(error)
+            except RewardError:
+                self._end = None  # a refusal is an answer
+                raise
+
+    def _must_go_on(self, error: Exception) -> None:
+        """Raise RetryError if the run is to stop, since its finished steps are not saved yet."""
+        if self.stopped():
+            raise RetryError(
+                f"stopped while reward server {self.url} gave no usable answer ({error})"
+            ) from error
+
+    def _rest(self, seconds: float) -> None:
+        """Sleep, until the run is to stop at most."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.stopped():
+            time.sleep(min(left, GLANCE))
 
     def _handshake(self) -> ServerInfo:
         end = time.monotonic() + min(self._timeout, 10.0)
         try:
-            reply = self._exchange("GET", "/info", None, end)
+            try:
+                reply = self._exchange("GET", "/info", None, end)
+            except RewardError as error:  # in chunks, say
+                raise ForeignServiceError(str(error)) from error
             status, kind = reply.status, reply.kind
             if status == 503:
                 raise TryAgainError("503, not ready")
@@ -271,6 +296,8 @@ class RewardClient:
             file=sys.stderr,
             flush=True,
         )
+        # nothing says which request a reply is of but the connection that it comes on
+        self._connection.keep_alive = False
         return ServerInfo()
 
     def _pin(self, info: ServerInfo) -> ServerInfo:

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ RETRIED = (408, 429, 502, 503, 504)  # statuses that another try may cure
 LATE = (408, 504)  # those of them that say that something took too long
 GLANCE = 1.0  # seconds between two looks whether the run is to stop
 AFTER_STOP = 10.0  # seconds that a run that is to stop still waits for a reply
+MOST_CONNECT = 10.0  # seconds until a connection is there
 
 
 def read_token() -> str | None:
@@ -99,18 +101,29 @@ class _DeadlineSocket(socket.socket):
             raise TimeoutError("the exchange did not end in time")
         return left
 
-    def recv_into(self, *args: Any, **named: Any) -> int:
+    def _in_time(self, call: Callable[..., int], *args: Any, **named: Any) -> int:
         while True:
             self.settimeout(min(self._left(), GLANCE))
             try:
-                return super().recv_into(*args, **named)
+                return call(*args, **named)
             except TimeoutError:
                 if self.watched.stopped():
                     self.limit = min(self.limit, time.monotonic() + AFTER_STOP)
 
-    def sendall(self, *args: Any) -> None:
-        self.settimeout(self._left())
-        super().sendall(*args)
+    def recv_into(self, *args: Any, **named: Any) -> int:
+        return self._in_time(super().recv_into, *args, **named)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._in_time(super().send, rest, flags) :]
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    """Whether an idle connection has bytes, of a reply sent twice say, or its end."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Connection:
@@ -126,6 +139,7 @@ class Connection:
         self.url = f"http://{host}:{port}"
         self._address, self._token, self._before_post = (host, port), token, before_post
         self.stopped: Callable[[], bool] = lambda: False  # whether the run is to stop
+        self.keep_alive = True  # False: each request has a connection of its own
         self._connection: http.client.HTTPConnection | None = None
         self._vetted = False  # `before_post` has passed since it was opened
 
@@ -147,10 +161,12 @@ class Connection:
             False,
             True,
         ):  # a kept connection that the server closed meanwhile is no failure of the server
+            if self._connection is not None and _is_readable(self._connection.sock):
+                self._close()
             reused = self._connection is not None
             if not self._vetted and body is not None:
                 self._before_post(limit)
-                self._vetted = True
+                self._vetted = True  # where its reply closed the connection, the next one's tells
             try:
                 connection = self._connected(limit)
                 connection.request(method, path, body, headers)
@@ -172,17 +188,19 @@ class Connection:
                 late = isinstance(error, TimeoutError)
                 raise TryAgainError(str(error) or type(error).__name__, late=late) from error
             kind = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
-            if response.will_close:
+            if response.will_close or not self.keep_alive:
                 self._close()
             return Reply(response.status, kind, data, pause_of(response))
         raise AssertionError("unreachable")
 
     def _connected(self, limit: float) -> http.client.HTTPConnection:
         if self._connection is None:
-            connection = http.client.HTTPConnection(
-                *self._address, timeout=max(0.001, limit - time.monotonic())
-            )
-            connection.connect()
+            timeout = min(max(0.001, limit - time.monotonic()), MOST_CONNECT)
+            connection = http.client.HTTPConnection(*self._address, timeout=timeout)
+            try:
+                connection.connect()
+            except TimeoutError as error:  # not `late`: no text was too long
+                raise TryAgainError("no answer to a connection") from error
             plain = connection.sock
             connection.sock = _DeadlineSocket(
                 plain.family, plain.type, plain.proto, fileno=plain.detach()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from reinforce import rm_connection
 from reinforce.errors import ConfigError, RetryError
 from reinforce.rm_client import RewardClient
 from reinforce.rm_connection import RewardError
@@ -326,3 +327,58 @@ def test_a_server_that_wants_a_token_is_told_so(server):
 
 def test_an_index_outside_the_request_is_none():
     assert [index_of(b'{"index": %d}' % i, 2) for i in (-1, 0, 1, 2)] == [None, 0, 1, None]
+
+
+def test_a_refusal_ends_the_tries_of_its_request_and_not_those_of_a_later_one(server):
+    s = server(reply({}, 503), reply({"error": "no"}, 422), good)
+    c = client(s, deadline=1.0)
+    with pytest.raises(RewardError, match="HTTP 422"):
+        c.rewards(query=["a"])
+    time.sleep(1.1)
+    assert c.rewards(query=["ab"]) == [2.0]
+
+
+def test_a_run_that_is_to_stop_sits_out_no_retry_after(server):
+    c = client(server(reply({}, 429, extra=b"Retry-After: 20\r\n")), deadline=60.0)
+    c.connect()
+    began, stop = time.monotonic(), threading.Event()
+    c.stopped = stop.is_set
+    threading.Timer(0.3, stop.set).start()
+    with pytest.raises(RetryError, match="stopped while"):
+        c.rewards(query=["a"])
+    assert time.monotonic() - began < 5
+
+
+def test_a_host_that_answers_no_connection_is_no_late_text(server, monkeypatch):
+    """The connection times out, which halves no request and takes MOST_CONNECT at most."""
+    s = server(good)
+    c = client(s, timeout=60.0, deadline=0.5)
+    c.connect()
+    c._connection._close()
+
+    def silent(self):
+        assert self.timeout <= rm_connection.MOST_CONNECT
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("http.client.HTTPConnection.connect", silent)
+    with pytest.raises(RetryError, match="no answer to a connection"):
+        c.rewards(query=["a", "b"])
+    assert c._most > 2
+
+
+@pytest.mark.parametrize("shows_its_model", [True, False])
+def test_a_reply_that_comes_twice_is_not_taken_for_the_next_one(server, shows_its_model):
+    """Other servers neither show a model nor repeat the id."""
+
+    def twice(request, _):
+        return 2 * (good(request) if shows_its_model else reply({"rewards": [float(len(text)) for text in request["query"]]}))
+
+    c = client(server(twice, info=INFO if shows_its_model else reply(b"<html>", 404, "text/html")))
+    c.connect()
+    assert [c.rewards(query=[text]) for text in ("a", "bb", "ccc")] == [[1.0], [2.0], [3.0]]
+
+
+def test_a_page_in_chunks_under_info_is_a_foreign_service(server):
+    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with pytest.raises(ConfigError, match="is not a reward server"):
+        client(server(good, info=page)).connect()

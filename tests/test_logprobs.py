@@ -186,6 +186,9 @@ def test_after_an_update_the_sampler_draws_from_the_new_policy():
     Gemma2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
                  num_key_value_heads=2, final_logit_softcapping=2.0, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
                  eos_token_id=2, initializer_range=0.3),
+    Gemma2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+                 num_key_value_heads=2, final_logit_softcapping=30.0, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
+                 eos_token_id=2, initializer_range=0.01),  # logits so small that the cap does not show
     CohereConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                  logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
 ])  # fmt: skip
