@@ -31,19 +31,20 @@ class Plan:
 
 def fit(
     model: nn.Module,
-    length: Sequence[int],
+    lengths: Sequence[tuple[int, int]],
     count: Sequence[int],
     loss_sum: Callable[[list[int]], Tensor],
     plan: Plan,
 ) -> float:
     """Train in place on examples 0..n-1 and return the mean loss of the last steps.
 
-    The last steps are the last tenth of all, one step at least. `length` has the number of tokens
-    of each example. `loss_sum(rows)` is the summed loss of some examples. `count` has what each
-    example adds to the divisor: its answer tokens for SFT, 1 for a pair. The divisor is that of the
-    whole batch, whatever the micro-batches. Raises FailedError.
+    The last steps are the last tenth of all, one step at least. `lengths` has the tokens of each
+    example in the part that is padded left and in the part that is padded right. `loss_sum(rows)`
+    is the summed loss of some examples. `count` has what each example adds to the divisor: its
+    answer tokens for SFT, 1 for a pair. The divisor is that of the whole batch, whatever the
+    micro-batches. Raises FailedError.
     """
-    n = len(length)
+    n = len(lengths)
     steps = max(1, round(plan.epochs * steps_per_epoch(n, plan.batch_size)))
     optimizer = adamw(model, plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
@@ -52,8 +53,8 @@ def fit(
     for step in bar:
         batch = step_prompts(n, plan.batch_size, plan.seed, step)
         divisor, total = sum(count[i] for i in batch), 0.0
-        lengths, zeros = [length[i] for i in batch], [0] * len(batch)
-        for part in micro_batches(lengths, zeros, len(batch), plan.micro_batch_tokens):
+        left, right = zip(*(lengths[i] for i in batch), strict=True)
+        for part in micro_batches(left, right, len(batch), plan.micro_batch_tokens):
             loss = loss_sum([batch[i] for i in part]) / divisor
             loss.backward()
             total += loss.item()

@@ -153,6 +153,8 @@ def encode_example(
         prompt, both = (
             list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, whole)
         )
+    if not prompt:
+        raise ConfigError(f"--model: its tokenizer makes no token of the prompt {before[:60]!r}")
     # what follows the prompt's own tokens; alone, a text may get a token of its own at its start
     ids = both[len(prompt) :]
     if both[: len(prompt)] != prompt:  # a token spans the end of the prompt
@@ -195,14 +197,14 @@ def loss_sum(
 def train_sft(
     model: nn.Module, examples: Sequence[Example], pad_id: int, plan: Plan, bf16: bool = False
 ) -> float:
-    """Train in place and return the last loss, nats a token."""
+    """Train in place; return the mean loss of the last tenth of the steps, nats a token."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
-    length, count = [len(p) + len(a) for p, a in examples], [len(a) for _, a in examples]
+    lengths, count = [(len(p), len(a)) for p, a in examples], [len(a) for _, a in examples]
 
     def summed(rows: list[int]) -> torch.Tensor:
         return loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16)
 
-    return fit(model, length, count, summed, plan)
+    return fit(model, lengths, count, summed, plan)
 
 
 @torch.no_grad()
@@ -266,7 +268,7 @@ def main() -> None:
     before = mean_loss(model, val, pad, bf16) if val else None
     plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
     loss = train_sft(model, train, pad, plan, bf16)
-    print(f"loss {loss:.3f} nats a token on {len(train)} examples")
+    print(f"training loss {loss:.3f} nats a token, over the last steps; {len(train)} examples")
     if before is not None:
         after = mean_loss(model, val, pad, bf16)
         print(f"--val-data: {before:.3f} before, {after:.3f} after, on {len(val)} examples")

@@ -32,7 +32,7 @@ from reinforce import device as devices
 from reinforce.data.preferences import Preference, read_pairs, split_by_opening
 from reinforce.errors import ConfigError, FailedError
 from reinforce.flags import flag, parse, refuse
-from reinforce.policy import blocks, context_length, load_tokenizer, with_template
+from reinforce.policy import blocks, context_length, load_tokenizer, refuse_ids, with_template
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
@@ -124,7 +124,7 @@ def train_reward_model(
     margin: float = 0.0,
     bf16: bool = False,
 ) -> float:
-    """Train in place and return the last loss, nats a pair.
+    """Train in place and return the mean loss of the last tenth of the steps, nats a pair.
 
     A model that knows nothing has a loss of 0.69.
     """
@@ -137,8 +137,8 @@ def train_reward_model(
         chosen, rejected = rewards.chunk(2)  # (n,) each
         return bradley_terry_loss(chosen - margin, rejected) * len(rows)
 
-    length = [2 * max(len(chosen), len(rejected)) for chosen, rejected in pairs]
-    return fit(model, length, [1] * len(pairs), loss_sum, plan)
+    lengths = [(2 * max(len(chosen), len(rejected)), 0) for chosen, rejected in pairs]
+    return fit(model, lengths, [1] * len(pairs), loss_sum, plan)
 
 
 @torch.no_grad()
@@ -244,6 +244,8 @@ def main() -> None:
     device = devices.pick(config.device)
     torch.manual_seed(config.seed)
     model = new_reward_model(config.model, tokenizer, device, "--model")
+    texts = [ids for pair in [*train, *held_out] for ids in pair]
+    refuse_ids(model, texts, f"--model {config.model}")
     if config.lora_rank:
         add_adapters(model, config)
     size = sum(w.numel() for w in model.parameters())
@@ -262,7 +264,7 @@ def main() -> None:
     tokenizer.save_pretrained(config.out)
     interval = f"95 % interval {low:.3f} to {high:.3f}"
     pairs = f"{len(held_out)} pairs"
-    print(f"held-out accuracy {accuracy:.3f} ({interval}) on {pairs}; loss {loss:.3f}")
+    print(f"held-out accuracy {accuracy:.3f} ({interval}) on {pairs}; training loss {loss:.3f}")
     print(f"scores: mean {mean:.3f}, deviation {std:.3f}, stored in {config.out}/config.json")
 
 

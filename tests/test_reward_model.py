@@ -10,10 +10,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -253,6 +256,27 @@ def test_a_model_that_does_not_find_a_texts_last_token_is_not_served(tmp_path):
     with pytest.raises(ConfigError, match="with its end token and one without get the same score"):
         saved(tmp_path / "decoder", ModernBertDecoderForSequenceClassification, ModernBertDecoderConfig, "<s> $A", bos_token="<s>",
               eos_token="</s>", pad_token="</s>", extra={"pad_token_id": 3, "eos_token_id": 3, "bos_token_id": 2})  # fmt: skip
+    with pytest.raises(ConfigError, match="the score of a text changes from"):  # its convolutions see the padding
+        saved(tmp_path / "convbert", ConvBertForSequenceClassification, ConvBertConfig, "[CLS] $A [SEP]", cls_token="[CLS]",
+              sep_token="[SEP]", extra={"embedding_size": 16, "conv_kernel_size": 3, "head_ratio": 1})  # fmt: skip
+
+
+def test_a_token_that_the_tokenizer_alone_knows_has_no_score_and_may_be_the_pad_token(small, tmp_path):
+    folder = shutil.copytree(small / "reward_model", tmp_path / "rm")
+    texts = ["anna on the pizza in lima :", "anna"]
+
+    def scores():
+        reward = load_reward(ServeConfig(reward_model=str(folder), device="cpu", precision="fp32"))
+        return reward, reward.score([read(reward, text) for text in texts])
+
+    _, before = scores()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<nothing>", "additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    reward, after = scores()
+    assert after == before
+    with pytest.raises(ValueError, match=r"the token \d+, of the tokenizer alone"):
+        read(reward, "anna <image>")
 
 
 def test_what_changes_a_reward_changes_the_fingerprint(small, tmp_path):

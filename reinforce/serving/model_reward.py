@@ -1,6 +1,7 @@
 """A reward model, ready to be served."""
 
 import math
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers.utils import cached_file
 
 from reinforce import device as devices
 from reinforce.errors import ConfigError, first_line
-from reinforce.policy import context_of
+from reinforce.policy import OUT_OF_MEMORY, context_of
 from reinforce.serving import tensor_parallel
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.cut import last_tokens
@@ -54,16 +55,35 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
                 return query_ids(tokenizer, cast(str, text.query))
             return messages_ids(tokenizer, text.messages, text.finished, config.date)
 
+    rows = getattr(hf.get_text_config(), "vocab_size", sys.maxsize)  # of the embeddings
+    pad = tokenizer.pad_token_id or 0
+    pad = pad if pad < rows else 0  # a pad token of the tokenizer alone; no score depends on it
+
     def encode(text: Text) -> tuple[list[int], bool]:
-        return last_tokens(text, longest, ids_of, begin)
+        ids, cut = last_tokens(text, longest, ids_of, begin)
+        if max(ids, default=0) >= rows:
+            raise ValueError(
+                f"it holds the token {max(ids)}, of the tokenizer alone: the model has {rows}"
+            )
+        return ids, cut
 
     @torch.inference_mode()
-    def run(items: list[list[int]]) -> list[float]:
-        with devices.autocast(device, bf16):
-            return cast(list[float], score(model, items, tokenizer.pad_token_id or 0).tolist())
+    def run(items: list[list[int]], autocast: bool = bf16) -> list[float]:
+        with devices.autocast(device, autocast):
+            return cast(list[float], score(model, items, pad).tolist())
 
-    if not hasattr(model, "score"):
-        check_pooling(run, tokenizer, name)
+    try:
+        if hasattr(model, "score"):
+            run([[1] * min(8, longest)])
+        else:
+            check_pooling(lambda items: run(items, False), tokenizer, min(64, longest), name)
+    except (ConfigError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:  # an encoder-decoder, say, looks for end tokens
+        raise ConfigError(
+            f"--reward-model {name}: a plain text has no score ({first_line(error)}); a model of "
+            "this kind cannot be served"
+        ) from error
     folder = (
         name
         if Path(name).is_dir()
@@ -82,34 +102,34 @@ def positions(model: Any) -> int | None:
     RoBERTa's kind counts positions from after its pad token's id.
     """
     for name, table in model.named_modules():
-        first = getattr(table, "padding_idx", None)
-        if name.endswith("position_embeddings") and first is not None:
-            return cast(int, table.num_embeddings) - cast(int, first) - 1
+        first, rows = (getattr(table, key, None) for key in ("padding_idx", "num_embeddings"))
+        if name.endswith("position_embeddings") and first is not None and rows is not None:
+            return cast(int, rows) - cast(int, first) - 1
     return context_of(model.config)
 
 
-def check_pooling(run: Callable[[list[list[int]]], list[float]], tokenizer: Any, name: str) -> None:
+def check_pooling(
+    run: Callable[[list[list[int]]], list[float]], tokenizer: Any, longest: int, name: str
+) -> None:
     """A model that pools in its own way is served only if it finds a text's own last token.
 
-    Raises ConfigError where a longer text beside it changes a score, or an end token does not.
+    `run` scores in float32, texts of up to `longest` tokens. Raises ConfigError where a longer text
+    beside it changes a score by more than rounding, or an end token does not change it.
     """
     special = set(tokenizer.all_special_ids)
     known = [i for i in range(len(tokenizer)) if i not in special]
-    text, longer = known[:3], known[:8]
-    try:
-        alone, beside = run([text])[0], run([text, longer])[0]
-    except (ValueError, IndexError) as error:  # an encoder-decoder looks for end tokens
+    texts = [known[i : i + 3 + i] for i in range(6)]  # 3 to 8 tokens
+    longer = (known * longest)[:longest]
+    alone = [run([text])[0] for text in texts]
+    beside = run([*texts, longer])[:-1]
+    change, before, after = max((abs(a - b), a, b) for a, b in zip(alone, beside, strict=True))
+    if change > 1e-3 * (max(alone) - min(alone)) + 1e-4 * abs(before):
         raise ConfigError(
-            f"--reward-model {name}: a plain text has no score ({first_line(error)}); a model of "
-            "this kind cannot be served"
-        ) from error
-    if abs(alone - beside) > 0.05 * (1 + abs(alone)):  # bfloat16 makes up to a fifth of that
-        raise ConfigError(
-            f"--reward-model {name}: the score of a text changes from {alone:.3f} to {beside:.3f} "
+            f"--reward-model {name}: the score of a text changes from {before:.4f} to {after:.4f} "
             "where a longer text is scored with it; a model of this kind cannot be served"
         )
-    end = tokenizer.eos_token_id
-    blind = end == tokenizer.pad_token_id and abs(run([[*text, end]])[0] - alone) < 1e-4
+    end, text = tokenizer.eos_token_id, texts[0]
+    blind = end == tokenizer.pad_token_id and abs(run([[*text, end]])[0] - alone[0]) < 1e-4
     if blind:  # it takes the last token that is not the pad token
         raise ConfigError(
             f"--reward-model {name}: a text with its end token and one without get the same score; "
