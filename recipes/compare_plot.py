@@ -28,6 +28,7 @@ LOOKS = {  # colour, dashes, marker
     "grpo": (GREEN, (0, (6, 2)), "v"),
 }
 OTHER_LOOKS = ((PURPLE, "--", "P"), (YELLOW, "-.", "*"))  # of one's own baselines
+NOISE_AXIS = "full: initial policy, hollow: trained,\nwhere it could be measured in all seeds"
 POINTS = 60  # of a curve
 MARKERS = 5  # of a curve
 
@@ -45,8 +46,10 @@ def draw(
             offset = POINTS * i // (MARKERS * len(curves))
             _draw_curves(axes, curves[name], budget, offset, {"label": labels[name], **style})
             for where in noise:
-                known = [ratio for one in noise[where] if (ratio := one[name]) is not None]
-                _draw_noise(axes["C"], i, where == "initial", known, looks[name])
+                ratios = [one[name] for one in noise[where]]
+                known = [ratio for ratio in ratios if ratio is not None]
+                if len(known) == len(ratios) > 1:  # else the mean would be of the clearer ones
+                    _draw_noise(axes["C"], i, where == "initial", known, looks[name])
         axes["A"].set(title="reward, mean of the seeds, 95 % interval", xlabel="sampled tokens")
         axes["B"].set(title="reward against KL", xlabel="KL to the initial policy, nats")
         if any(line["kl"] is None for runs in curves.values() for run in runs for line in run):
@@ -90,8 +93,6 @@ def _draw_noise(
     axis: Any, place: int, initial: bool, known: list[float], look: dict[str, Any]
 ) -> None:
     """One baseline's mean and interval: full at the initial policy, hollow at the trained one."""
-    if len(known) < 2:
-        return
     mean, half = student(known)
     shape = {"marker": look["marker"], "color": look["color"], "markersize": 10, "capsize": 4}
     if not initial:
@@ -106,9 +107,7 @@ def _finish_noise(axis: Any, labels: list[str], measured: bool) -> None:
     if not measured:
         pictures.say_instead(axis, "not measured")
         return
-    axis.set(
-        yscale="log", xlim=(-0.5, len(labels) - 0.5), xlabel="full: initial policy, hollow: trained"
-    )
+    axis.set(yscale="log", xlim=(-0.5, len(labels) - 0.5), xlabel=NOISE_AXIS)
     axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
 
 

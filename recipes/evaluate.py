@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import toy
-from recipes.intervals import bootstrap, wilson
+from recipes.intervals import mean_interval, wilson
 from reinforce import kl
 from reinforce.errors import ConfigError
 from reinforce.flags import flag, parse, refuse
@@ -277,17 +277,23 @@ def summary(groups: list[Group]) -> dict[str, Any]:
     }
 
 
+def win(before: Group, after: Group) -> float:
+    """1 if the second response has the higher reward, 0 if the first has; 0.5 for a tie.
+
+    The same reply twice is a tie, whatever the rounding of its two rewards.
+    """
+    (a,), (b,) = rewards_of([before]), rewards_of([after])
+    same = (before.response, before.finished) == (after.response, after.finished)
+    return 0.5 if same or a == b else float(b > a)
+
+
 def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
     """The numbers of each policy, and those of the pair.
 
     Each list has one group of one response for every prompt, in the same order.
     """
     difference = [b - a for a, b in zip(rewards_of(before), rewards_of(after), strict=True)]
-    # the same reply twice is a tie, whatever the rounding of its two rewards
-    said = [[(g.response, g.finished) for g in groups] for groups in (before, after)]
-    wins = [
-        0.5 if d == 0 or a == b else float(d > 0) for d, a, b in zip(difference, *said, strict=True)
-    ]
+    wins = [win(a, b) for a, b in zip(before, after, strict=True)]
     divergence = None
     if after[0].kl:
         numbers = mean_and_error([group.kl[0] for group in after if group.kl])
@@ -296,7 +302,7 @@ def compare(before: list[Group], after: list[Group]) -> dict[str, Any]:
         "prompts": len(before),
         "initial": summary(before),
         "trained": summary(after),
-        "difference": {"mean": statistics.fmean(difference), "interval": bootstrap(difference)},
+        "difference": {"mean": statistics.fmean(difference), "interval": mean_interval(difference)},
         "win_rate": {"mean": statistics.fmean(wins), "interval": wilson(sum(wins), len(wins))},
         "kl": divergence,
     }
@@ -310,6 +316,8 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     a, b = result["initial"], result["trained"]
 
     def interval(x: dict[str, Any], form: str) -> str:
+        if x["interval"] is None:
+            return f"{x['mean']:{form}}"
         low, high = x["interval"]
         return f"{x['mean']:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -345,6 +353,7 @@ def write_report(
             "trained": b.response[0],
             "initial_reward": a.reward[0],
             "trained_reward": b.reward[0],
+            "win": win(a, b),
         }
         for a, b in zip(before, after, strict=True)
     ]

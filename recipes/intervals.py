@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson's for a share, the paired bootstrap for a mean over prompts.
+"""95 % intervals: Wilson's for a share; for a mean over prompts the bootstrap, or Student's.
 
 See "Probable Inference, the Law of Succession, and Statistical Inference", Wilson (1927) and "An
 Introduction to the Bootstrap", Efron and Tibshirani (1993).
@@ -47,7 +47,21 @@ def student(values: Sequence[float]) -> tuple[float, float]:
     return mean, QUANTILES.get(n - 1, Z) * deviation / math.sqrt(n)
 
 
-def bootstrap(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Interval of the mean of independent values, one a prompt; None for a single value.
+
+    The bootstrap's, and Student's for fewer than 30 values, of which a bootstrap's is too narrow:
+    0.87 of the intervals of five normal values hold the mean.
+    """
+    if len(values) < 2:
+        return None
+    if len(values) >= 30:
+        return bootstrap(values)
+    mean, half = student(values)
+    return mean - half, mean + half
+
+
+def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
     """Interval of the mean of independent values, one a prompt.
 
     With differences of two policies as values, the comparison is paired.
@@ -57,8 +71,8 @@ def bootstrap(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tu
     """
     array = np.asarray(values, dtype=np.float64)
     n, parts = len(array), []
-    for i in range(draws // 1000):
-        rows = np.random.default_rng([seed, i]).integers(n, size=(1000, n))
+    for i in range(math.ceil(draws / 1000)):
+        rows = np.random.default_rng([0, i]).integers(n, size=(1000, n))
         parts.append(array[rows].mean(1))  # (1000,)
     low, high = np.quantile(np.concatenate(parts), [0.025, 0.975])
     return float(low), float(high)

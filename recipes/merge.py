@@ -54,7 +54,9 @@ def main() -> None:
     model = load_policy(config.policy, tokenizer, torch.device("cpu"))
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    print(f"merged {config.policy} into {adapter.base_of(config.policy)}: {config.out}")
+    print(
+        f"wrote {config.out}: {adapter.base_of(config.policy)} with the adapters of {config.policy}"
+    )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from reinforce.policy import (
     refuse_targets,
     with_template,
 )
+from reinforce.rollout import micro_batches
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.sampler import left_pad
@@ -209,13 +210,18 @@ def train_sft(
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, examples: Sequence[Example], pad_id: int, bf16: bool = False
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    bf16: bool = False,
+    most: int = Plan.micro_batch_tokens,
 ) -> float:
-    """Mean of -log pi over the tokens of the answers, nats a token."""
+    """Mean of -log pi over the tokens of the answers, nats a token; `most` tokens at a time."""
     scorer = Scorer(model, head_is_plain(model)).to(next(model.parameters()).device)
-    ordered = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
-    batches = [ordered[i : i + 32] for i in range(0, len(ordered), 32)]
-    total = sum(loss_sum(scorer, batch, pad_id, bf16).item() for batch in batches)
+    left, right = zip(*((len(p), len(a)) for p, a in examples), strict=True)
+    total = 0.0
+    for rows in micro_batches(left, right, len(examples), most):
+        total += loss_sum(scorer, [examples[i] for i in rows], pad_id, bf16).item()
     return total / sum(len(a) for _, a in examples)
 
 
@@ -265,12 +271,13 @@ def main() -> None:
     print(f"device {device} · {'bf16' if bf16 else 'fp32'} · {size / 1e6:.1f}M parameters")
 
     pad = tokenizer.pad_token_id
-    before = mean_loss(model, val, pad, bf16) if val else None
+    most = config.micro_batch_tokens
+    before = mean_loss(model, val, pad, bf16, most) if val else None
     plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
     loss = train_sft(model, train, pad, plan, bf16)
     print(f"training loss {loss:.3f} nats a token, over the last steps; {len(train)} examples")
     if before is not None:
-        after = mean_loss(model, val, pad, bf16)
+        after = mean_loss(model, val, pad, bf16, most)
         print(f"--val-data: {before:.3f} before, {after:.3f} after, on {len(val)} examples")
     lora.merge(model)  # the folder is an ordinary one, also with LoRA
     cast(Any, model).save_pretrained(config.out)

@@ -79,8 +79,9 @@ MAX_NEW_TOKENS = 24
 DEFAULTS = {"lr": 7e-4, "max_new_tokens": MAX_NEW_TOKENS}  # of train.py's flags
 SOURCES = (
     *("recipes/toy.py", "recipes/sft.py", "recipes/train_rm.py", "recipes/fit.py"),
-    *("reinforce/sampler.py", "reinforce/logprobs.py"),
-    *("reinforce/serving/reward_model.py", "reinforce/optim.py"),
+    *("reinforce/sampler.py", "reinforce/kv_cache.py", "reinforce/logprobs.py"),
+    *("reinforce/head.py", "reinforce/rollout.py", "reinforce/guard.py", "reinforce/optim.py"),
+    *("reinforce/data/prompts.py", "reinforce/serving/reward_model.py"),
 )
 
 

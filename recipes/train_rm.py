@@ -33,6 +33,7 @@ from reinforce.data.preferences import Preference, read_pairs, split_by_opening
 from reinforce.errors import ConfigError, FailedError
 from reinforce.flags import flag, parse, refuse
 from reinforce.policy import blocks, context_length, load_tokenizer, refuse_ids, with_template
+from reinforce.rollout import micro_batches
 from reinforce.run.exits import run
 from reinforce.run.folder import new_folder
 from reinforce.serving.reward_model import bradley_terry_loss, messages_ids, new_reward_model, score
@@ -143,37 +144,48 @@ def train_reward_model(
 
 @torch.no_grad()
 def scores(
-    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    bf16: bool = False,
+    most: int = Plan.micro_batch_tokens,
 ) -> torch.Tensor:
-    """Reward of each sequence, (n,) float32 on the CPU, computed in batches of similar length."""
+    """Reward of each sequence, (n,) float32 on the CPU; `most` tokens at a time."""
     device = next(model.parameters()).device
     out = torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
+    length = [len(sequence) for sequence in sequences]
+    for rows in micro_batches(length, [0] * len(length), len(length), most):
         with devices.autocast(device, bf16):
             out[rows] = score(model, [sequences[i] for i in rows], pad_id).cpu()
     return out
 
 
 def pair_accuracy(
-    model: nn.Module, pairs: Sequence[Pair], pad_id: int, bf16: bool = False
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    pad_id: int,
+    bf16: bool = False,
+    most: int = Plan.micro_batch_tokens,
 ) -> float:
     """Share of pairs whose chosen response gets the higher reward; equal rewards count half."""
     sequences = [sequence for pair in pairs for sequence in pair]
-    rewards = scores(model, sequences, pad_id, bf16)  # (2n,)
+    rewards = scores(model, sequences, pad_id, bf16, most)  # (2n,)
     chosen, rejected = rewards.view(-1, 2).unbind(1)  # (n,) each
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
 def standardise(
-    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, bf16: bool = False
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    bf16: bool = False,
+    most: int = Plan.micro_batch_tokens,
 ) -> tuple[float, float]:
     """Mean and deviation of the reward on these sequences.
 
     Both are stored in the model's config, where serve_rm.py finds them.
     """
-    rewards = scores(model, sequences, pad_id, bf16)
+    rewards = scores(model, sequences, pad_id, bf16, most)
     mean, std = rewards.mean().item(), rewards.std().item()
     if not 0 < std < math.inf:
         raise FailedError(f"the scores have a deviation of {std}: nothing to tell answers apart")
@@ -255,10 +267,11 @@ def main() -> None:
     pad = tokenizer.pad_token_id
     plan = Plan(config.lr, config.batch_size, config.epochs, config.seed, config.micro_batch_tokens)
     loss = train_reward_model(model, train, pad, plan, config.margin, bf16)
-    accuracy = pair_accuracy(model, held_out, pad, bf16)
+    most = config.micro_batch_tokens
+    accuracy = pair_accuracy(model, held_out, pad, bf16, most)
     low, high = wilson(accuracy * len(held_out), len(held_out))
     sequences = [sequence for pair in train[:256] for sequence in pair]
-    mean, std = standardise(model, sequences, pad, bf16)
+    mean, std = standardise(model, sequences, pad, bf16, most)
     lora.merge(model)  # the folder is an ordinary one, also with LoRA
     cast(Any, model).save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)

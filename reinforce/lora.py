@@ -11,6 +11,7 @@ out: dropout of x, adapters of embeddings and head, a rank for each layer.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -71,7 +72,7 @@ def layers(blocks: Sequence[nn.Module], model: nn.Module, targets: Sequence[str]
     found = [
         name
         for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, LINEAR) and not _is_router(module)
+        if id(module) in inside and isinstance(module, LINEAR) and not _is_router(model, name)
     ]
     if not found:
         raise ConfigError(
@@ -87,9 +88,14 @@ def layers(blocks: Sequence[nn.Module], model: nn.Module, targets: Sequence[str]
     return [n for n in found if not targets or any(_ends_in(n, target) for target in targets)]
 
 
-def _is_router(module: nn.Module) -> bool:
-    """Llama 4's and PhiMoE's are linear layers whose forward gives more than the product."""
-    return "Router" in type(module).__name__
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether this layer, or a module that it is part of, chooses experts, by the class's name.
+
+    Llama 4's and PhiMoE's are linear layers themselves, whose forward gives more than the product.
+    """
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    return any(re.search("Router|(Gate|Gating)$", type(module).__name__) for module in around)
 
 
 def _ends_in(name: str, target: str) -> bool:

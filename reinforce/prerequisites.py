@@ -6,7 +6,7 @@ Without it an old Python ends in the middle of an import, with a page of traceba
 import importlib.util
 import sys
 
-PACKAGES = ("torch", "transformers", "datasets", "numpy", "tqdm")
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "tqdm", "matplotlib", "tensorboard")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 FIRST = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
 

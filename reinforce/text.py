@@ -30,7 +30,7 @@ TEMPLATE = (  # HH-RLHF's own text, for tokenizers without a chat template
 class Prompt:
     """One prompt, as text and as token ids."""
 
-    index: int  # among the usable lines of its file, from 0
+    index: int  # among the well-formed lines of its file, from 0; too long ones count
     text: str  # what the policy reads; messages in the chat template
     ids: tuple[int, ...]
     messages: list[dict[str, str]] | None = None  # None: the prompt came as text

@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL_STEP, data_flags, metrics, recipe
 
 from recipes import compare
-from recipes.intervals import bootstrap, student, wilson
+from recipes.intervals import bootstrap, mean_interval, student, wilson
 from reinforce.baselines import rloo
 from reinforce.flags import parse
 from reinforce.loss import reinforce_loss
@@ -84,7 +84,7 @@ def test_a_run_is_read_up_to_the_budget_and_not_beyond():
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     draw = torch.Generator().manual_seed(0)
-    covered = {"wilson": 0, "student": 0, "bootstrap": 0}
+    covered = {"wilson": 0, "student": 0, "bootstrap": 0, "mean of 8": 0}
     for _ in range(400):
         hits = int((torch.rand(60, generator=draw) < 0.6).sum())
         values = torch.randn(60, generator=draw).add(1).tolist()
@@ -93,4 +93,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         covered["wilson"] += wilson(hits, 60)[0] <= 0.6 <= wilson(hits, 60)[1]
         covered["student"] += abs(mean - 1) <= half
         covered["bootstrap"] += low <= 1 <= high
+        low, high = mean_interval(values[:8])
+        covered["mean of 8"] += low <= 1 <= high
     assert all(0.91 <= n / 400 <= 0.985 for n in covered.values()), covered

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL_STEP, data_flags, recipe, tiny_llama, train_here
 
 from recipes import evaluate, toy
-from recipes.intervals import bootstrap
+from recipes.intervals import mean_interval
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.rm_client import RewardClient
@@ -51,7 +51,7 @@ def test_evaluation_compares_on_equal_draws_and_writes_a_page_that_stands_alone(
     gaps = [row["trained_reward"] - row["initial_reward"] for row in rows]
     assert len(rows) == result["prompts"] == 18
     assert result["difference"]["mean"] == pytest.approx(sum(gaps) / 18) and result["difference"]["interval"] == list(
-        bootstrap(gaps)
+        mean_interval(gaps)
     )
     assert result["win_rate"]["mean"] == pytest.approx(sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps) / 18)
     page = (run / "report.html").read_text()
@@ -123,6 +123,7 @@ def test_the_same_reply_twice_is_a_tie_whatever_the_rounding_of_its_rewards():
     first, again, cut = (evaluate.Group(0, "p", ["r"], [r], None, [r], [True], [3], [f], [0.0])
                          for r, f in ((1.0, True), (1.0 + 1e-7, True), (1.5, False)))  # fmt: skip
     assert evaluate.compare([first], [again])["win_rate"]["mean"] == 0.5
+    assert evaluate.compare([first], [again])["difference"]["interval"] is None, "one prompt has no interval"
     assert evaluate.compare([first], [cut])["win_rate"]["mean"] == 1.0
 
 
@@ -132,6 +133,7 @@ def test_a_page_cannot_be_broken_by_what_a_policy_says(tmp_path):
     )
     evaluate.write_report(tmp_path, "t", evaluate.compare([group], [group]), [group], [group])
     page = (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "evaluation.jsonl").read_text())["win"] == 0.5
     assert page.count("</script>") == 2 and "alert(1)\\u003c/script>" in page
 
 

@@ -164,6 +164,8 @@ def test_the_flags_of_every_recipe_are_looked_at_before_anything_is_prepared(lau
     (("toy", "--lrr", "1"), "unrecognized arguments: --lrr"),
     (("run", "--max-lenth", "3", "--"), "unrecognized arguments: --max-lenth"),
     (("hh", "pairs.jsonl", "--truncated", "cut"), "--truncated"),
+    (("--policy=mine",), "--policy: the toy has its own; ./launch.sh run"),
+    (("toy", "--train-data", "mine.jsonl"), "--train-data: the toy has its own"),
 ])  # fmt: skip
 def test_a_typo_is_told_in_one_sentence_by_the_real_parser(words, message, tmp_path):
     out = subprocess.run([ROOT / "launch.sh", *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,

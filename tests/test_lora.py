@@ -16,7 +16,14 @@ import torch
 from conftest import ROOT, environment, metrics, recipe, script, small_flags, tiny_gpt2, tiny_llama, train_here
 from safetensors.torch import load_file, save_file
 from test_split import errors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PhimoeConfig, PhimoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from recipes import chat, evaluate, merge, sft, train_rm
 from reinforce import adapter, lora
@@ -109,6 +116,15 @@ def test_a_router_that_is_a_linear_layer_gets_no_adapter():
     names = lora.layers(blocks(model), model, ())
     assert names and not any("router" in name or "gate" in name for name in names)
     adapted(model)(input_ids=IDS)
+
+
+def test_the_layer_of_a_router_that_is_a_module_gets_no_adapter():
+    config = JetMoeConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2,
+                          kv_channels=16, num_local_experts=4)  # fmt: skip
+    model = JetMoeForCausalLM(config).eval()
+    assert any("router" in name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    names = lora.layers(blocks(model), model, ())
+    assert names and not any("router" in name for name in names)
 
 
 def test_frozen_weights_are_stored_as_autocast_would_cast_them_and_give_the_same_bits():

@@ -137,12 +137,12 @@ def comparison_run(seed, shift, kl=True):
             for i in range(20)]  # fmt: skip
 
 
-def draw_comparison(path, names, kl=True, measured=True):
+def draw_comparison(path, names, kl=True, measured=True, unclear=()):
     runs = {
         name: [comparison_run(s, 0.0 if name in ("rloo", "group-mean") else 0.1 * i, kl) for s in range(3)]
         for i, name in enumerate(names)
     }
-    ratios = [{name: None if name == "rloo" and s == 2 else 1.0 + s for name in names} for s in range(3)] if measured else []
+    ratios = [{name: None if name in unclear and s == 2 else 1.0 + s for name in names} for s in range(3)] if measured else []
     labels = {name: name.rpartition(":")[2] for name in names}
     compare_plot.draw(runs, labels, {"initial": ratios, "trained": ratios[:1]}, 2000, path)
 
@@ -167,6 +167,13 @@ def test_a_baseline_has_one_look_in_all_panels_and_whichever_others_are_compared
             markers = {line.get_color(): line.get_marker() for line in axis.lines if line.get_marker() not in ("None", "_", 2, 3)}
             assert (markers[pictures.BLUE], markers[pictures.GREEN]) == ("o", "v")
     assert [t.get_text() for t in drawn[0]["C"].get_xticklabels()] == ["rloo", "median", "grpo"]
+
+
+def test_noise_that_not_all_seeds_could_measure_is_not_drawn(tmp_path, drawn):
+    """The mean of the others would be that of the clearer seeds; the table says how many there are."""
+    draw_comparison(tmp_path / "compare.png", ["rloo", "grpo"], unclear=["rloo"])
+    colors = {line.get_color() for line in drawn[0]["C"].lines}
+    assert pictures.GREEN in colors and pictures.BLUE not in colors
 
 
 def test_a_comparison_without_kl_or_noise_says_so(tmp_path, drawn):

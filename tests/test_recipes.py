@@ -251,7 +251,15 @@ def test_chat_and_sft_refuse_a_token_that_the_model_has_no_embedding_for(tmp_pat
         assert code == 2 and "a text holds the token" in out, out
 
 
-@pytest.mark.parametrize(("words", "most"), [([], 96), (["--max-new-tokens", "128"], 128), (["--max-new-tokens=64"], 96)])
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        ([], 96),
+        (["--max-new-tokens", "128"], 128),
+        (["--max-new-tokens=64"], 96),
+        (["--max-new-tokens", "32", "--lr", "1", "--max-new-tokens=200"], 200),
+    ],
+)
 def test_launch_hh_evaluates_with_at_least_the_tokens_it_trained_with(tmp_path, words, most):
     job = mock.MagicMock(address=("h", "1"))
     job.output.return_value = str(tmp_path)

@@ -91,18 +91,24 @@ def pipeline(job: Job, words: list[str]) -> None:
 
 
 def taken(flag: str, words: list[str], default: str) -> tuple[str, list[str]]:
-    """The value of a flag of this recipe, and the words without the flag.
+    """The last value of a flag, as for argparse, and the words without the flag.
 
     Raises EndedError if the flag has no value.
     """
-    for i, word in enumerate(words):
-        if word == flag and i + 1 == len(words):
+    value, rest, i = default, [], 0
+    while i < len(words):
+        name, equals, given = words[i].partition("=")
+        if name != flag:
+            rest.append(words[i])
+        elif equals:
+            value = given
+        elif i + 1 == len(words):
             raise EndedError(2, f"{flag} needs a value")
-        if word == flag:
-            return words[i + 1], words[:i] + words[i + 2 :]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2], words[:i] + words[i + 1 :]
-    return default, words
+        else:
+            i += 1
+            value = words[i]
+        i += 1
+    return value, rest
 
 
 def skipping(words: list[str]) -> list[str]:

@@ -144,8 +144,8 @@ class TrainConfig:
     baseline: str = flag(
         "rloo",
         "objective",
-        f"what is subtracted from the objective: {', '.join(BASELINES)} (the last two are biased), "
-        "or FILE.py:NAME, a function f(R, valid) of your own",
+        f"what is subtracted from the objective: {', '.join(BASELINES)} "
+        "(group-mean and grpo are biased), or FILE.py:NAME, a function f(R, valid) of your own",
         type=baseline_name,
     )
     initial_policy_kl_penalty: float = flag(

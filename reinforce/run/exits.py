@@ -76,8 +76,9 @@ def outcome(error: Exception) -> tuple[int, str]:
     line = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return 1, (
-            f"out of GPU memory ({line}); lower --micro-batch-size, --micro-batch-tokens (update) "
-            "or --rollout-micro-batch-size (sampling), or give --gradient-checkpointing"
+            f"out of GPU memory ({line}); lower --micro-batch-tokens (in train.py also "
+            "--micro-batch-size, and --rollout-micro-batch-size for sampling, or give "
+            "--gradient-checkpointing)"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 1, f"{line}; remove the cause, then give the same command again"

@@ -24,7 +24,7 @@ from reinforce.text import Prompt, decoded, response_ids
 class Group:
     """One prompt's K responses; every list has K entries."""
 
-    index: int  # number of the prompt among the usable lines of its file, from 0
+    index: int  # number of the prompt among the well-formed lines of its file, from 0
     prompt: str
     response: list[str]
     reward: list[float | None]  # None: the reward server refused the response
