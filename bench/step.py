@@ -16,7 +16,8 @@ machine's matrix rate, and the peak memory, whole and beyond what a process hold
 
 In bfloat16 our reference stores its linear layers in 2 bytes, and each side keeps a copy of them
 that autocast makes while it samples. Each side draws responses of its own, of the same distribution
-but not of the same lengths: their mean and their longest are printed.
+but not of the same lengths: their mean and their longest are printed, and the ratio of the times
+of a sampled token beside that of the steps' times.
 """
 
 import argparse
@@ -322,11 +323,12 @@ def compare(args: argparse.Namespace) -> None:
                 found[tuple(choice)] = statistics.median(result["seconds"])
                 print(" ".join(choice[:2] + choice[2:] * (side == "trl")), summary(result))
             best[side] = list(min(found, key=lambda choice: found[choice]))
-        ratios, peaks, beyond = [], [], []
+        ratios, per_token, peaks, beyond = [], [], [], []
         for n in range(rounds):
             pair = {side: measured([*common, *choice]) for side, choice in best.items()}
             seconds = {side: statistics.median(r["seconds"]) for side, r in pair.items()}
             ratios.append(seconds["trl"] / seconds["ours"])
+            per_token.append(ratios[-1] * pair["ours"]["length"] / pair["trl"]["length"])
             peaks.append(pair["ours"]["peak"] / pair["trl"]["peak"])
             more = {side: r["peak"] - r["static"] for side, r in pair.items()}
             beyond.append(more["ours"] / more["trl"])
@@ -334,7 +336,8 @@ def compare(args: argparse.Namespace) -> None:
                 print(f"round {n + 1} {side} {best[side][1]} {summary(result)}", flush=True)
         print(
             f"{case}: TRL / ours {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-            f"{max(ratios):.2f}), peak memory ours / TRL {statistics.median(peaks):.2f}, "
+            f"{max(ratios):.2f}), of a sampled token {statistics.median(per_token):.2f}; "
+            f"peak memory ours / TRL {statistics.median(peaks):.2f}, "
             f"beyond the static {statistics.median(beyond):.2f}"
         )
 

@@ -123,12 +123,12 @@ def prepare(from_hub: bool = False) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (fetch if from_hub else convert)(partial / "policy")
+        write_prompts(partial / "train.jsonl", THINGS)
+        write_prompts(partial / "validation.jsonl", VALIDATION_THINGS)
         try:
             partial.rename(folder)
         except OSError:  # another process was faster
             shutil.rmtree(partial)
-    write_prompts(folder / "train.jsonl", THINGS)
-    write_prompts(folder / "validation.jsonl", VALIDATION_THINGS)
     return folder
 
 

@@ -47,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import sft, train_rm  # noqa: E402
 from recipes.fit import Plan  # noqa: E402
+from reinforce.errors import ConfigError  # noqa: E402
 from reinforce.policy import load_policy  # noqa: E402
 from reinforce.run import checkpoint, distributed, exits  # noqa: E402
 from reinforce.run.config import LANGUAGE_MODEL, TrainConfig  # noqa: E402
@@ -173,7 +174,10 @@ def prepare() -> Path:
         print(notice, file=sys.stderr, flush=True)
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"{partial}: cannot be made ({error.strerror})") from error
         summary = build(partial)
         try:
             partial.rename(folder)

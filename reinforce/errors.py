@@ -25,4 +25,5 @@ class FailedError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, its type if it has none: libraries write paragraphs."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip().removesuffix(":")

@@ -20,8 +20,14 @@ def may_be_hub_id(name: str) -> bool:
 
 
 def refuse_missing_path(name: str, flag: str) -> None:
-    """Raise ConfigError on a model that is no folder here and that the hub cannot have either."""
+    """Raise ConfigError on a model that is no folder here and that the hub cannot have either.
+
+    A run folder is no model; its checkpoints are.
+    """
     if Path(name).is_file():
         raise ConfigError(f"{flag} {name}: a file; give the folder that holds config.json")
+    saved = sorted(Path(name).glob("checkpoints/step-*"))
+    if saved and (Path(name) / "identity.json").exists():
+        raise ConfigError(f"{flag} {name}: a run folder; give a policy that it saved, {saved[-1]}")
     if not Path(name).is_dir() and not may_be_hub_id(name):
         raise ConfigError(f"{flag} {name}: no such folder")

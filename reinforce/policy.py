@@ -129,8 +129,8 @@ def read_config(name: str, flag: str = "--policy") -> Any:
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     if architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
-            f"{flag} {name}: a {architecture}, not a policy; "
-            "were --policy and --reward-model swapped?"
+            f"{flag} {name}: a {architecture}, not a language model"
+            + ("; were --policy and --reward-model swapped?" if flag == "--policy" else "")
         )
     if method := (getattr(config, "quantization_config", None) or {}):
         is_dict = isinstance(method, dict)

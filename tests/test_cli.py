@@ -14,7 +14,7 @@ from transformers import LlamaForSequenceClassification
 from recipes import toy
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
-from reinforce.policy import load_policy, load_tokenizer
+from reinforce.policy import context_length, load_policy, load_tokenizer
 from reinforce.run import distributed, setup
 from reinforce.run.config import TrainConfig
 from reinforce.serving.config import ServeConfig
@@ -147,7 +147,9 @@ def test_a_folder_that_holds_another_run_is_left_alone(small, tmp_path):
 
 
 def test_a_model_without_a_language_head_is_refused(small):
-    with pytest.raises(ConfigError, match="LlamaForSequenceClassification, not a policy; were --policy and --reward-model swapped"):
+    with pytest.raises(
+        ConfigError, match="LlamaForSequenceClassification, not a language model; were --policy and --reward-model swapped"
+    ):
         load_policy(untied(small), toy.make_tokenizer(), torch.device("cpu"))
 
 
@@ -281,6 +283,15 @@ def test_a_path_that_is_missing_is_never_asked_for_on_the_hub(name, capsys):
     with pytest.raises(ConfigError, match=f"--policy {name}: no such folder$"):
         load_tokenizer(name)
     assert "hub" not in capsys.readouterr().err
+
+
+def test_a_run_folder_is_no_policy_and_its_last_checkpoint_is_named(tmp_path):
+    for step in ("000002", "000010"):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+    (tmp_path / "identity.json").write_text("{}")
+    for load in (load_tokenizer, context_length):
+        with pytest.raises(ConfigError, match=r"a run folder; give a policy that it saved, .*step-000010$"):
+            load(str(tmp_path))
 
 
 def test_the_file_instead_of_its_folder_is_told(tmp_path):

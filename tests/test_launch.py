@@ -403,6 +403,31 @@ def test_a_folder_is_made_once_and_only_whole(tmp_path, monkeypatch):
     assert (tmp_path / "w/sft").is_dir() and len(results) == 2
 
 
+def test_what_a_killed_launcher_of_the_same_process_id_has_left_is_removed(tmp_path):
+    """In a container the launcher may always be process 1."""
+    job = launch_.Job.__new__(launch_.Job)
+    left = tmp_path / f".sft-{platform.node()}-{os.getpid()}"
+    left.mkdir()
+    (left / "half").touch()
+    job.run = lambda script, *words: Path(words[-1]).mkdir()
+    job.make(tmp_path / "sft", "recipes/sft.py")
+    assert [path.name for path in tmp_path.iterdir()] == ["sft"] and not any((tmp_path / "sft").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.parametrize("phase", ["check", "prepare"])
+def test_a_command_in_front_ends_with_a_launcher_that_is_killed(launch, tmp_path, phase):
+    variable, pid_file = PHASES[phase]
+    job = launch(**{variable: "1"})
+    child = pid_of(tmp_path, f"{pid_file}.pid")
+    job.kill()
+    job.wait()
+    end = time.monotonic() + 10
+    while not gone(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gone(child)
+
+
 def test_two_launchers_may_make_the_same_folder(tmp_path):
     job = launch_.Job.__new__(launch_.Job)
 

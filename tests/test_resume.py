@@ -13,6 +13,7 @@ from same_run import assert_same, go, untimed
 
 from reinforce.errors import ConfigError, FailedError
 from reinforce.run import checkpoint, resume
+from reinforce.run.group import recorded
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
@@ -192,6 +193,48 @@ def test_logs_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
     resume.truncate_logs(tmp_path, 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_damaged_line_of_a_log_costs_itself_alone_and_is_said(tmp_path, capsys):
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)]
+    for name in resume.LOGS:
+        (tmp_path / name).write_text("".join([lines[0], lines[1].replace("s", "\x00"), *lines[2:]]))
+    resume.truncate_logs(tmp_path, 3)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"!! {tmp_path / name}: left out 1 damaged lines, first line 2" for name in resume.LOGS]
+    for name in resume.LOGS:
+        assert (tmp_path / name).read_text() == lines[0] + lines[2]
+    assert {path.name for path in tmp_path.iterdir()} == set(resume.LOGS)
+
+
+def test_a_validation_of_another_shape_is_one_sentence(tmp_path):
+    (tmp_path / "validation.jsonl").write_text('{"step": 1, "obbective": [1.0]}\n')
+    with pytest.raises(ConfigError, match=r"validation.jsonl: line 1 is damaged"):
+        recorded(tmp_path)
+
+
+def test_a_run_begun_when_prompt_lines_was_named_rows_goes_on(six, tmp_path):
+    flags, _ = six
+    run = tmp_path / "run"
+    go(flags, run, 2)
+    identity = json.loads((run / "identity.json").read_text())
+    identity["rows"] = identity.pop("prompt_lines")
+    (run / "identity.json").write_text(json.dumps(identity))
+    assert go(flags, run, 3) and len(metrics(run)) == 3
+    identity["rows"] = "0" * 16
+    (run / "identity.json").write_text(json.dumps(identity))
+    assert "prompt_lines was 0000000000000000" in go(flags, run, 4, code=2)
+
+
+def test_a_directory_in_the_place_of_a_file_is_one_sentence(six, tmp_path):
+    flags, _ = six
+    for name in ("identity.json", "validation.jsonl"):
+        run = tmp_path / name
+        go(flags, run, 2)
+        (run / name).unlink()
+        (run / name).mkdir()
+        out = go(flags, run, 3, code=2)
+        assert name in out and "Traceback" not in out, out
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(six):

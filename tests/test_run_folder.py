@@ -1,5 +1,6 @@
 """The run folder: which one a command means, which checkpoint in it is the newest, and who leaves it alone."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -98,3 +99,6 @@ def test_runs_latest_moves_once_the_models_have_passed_and_only_for_folders_in_r
     assert (tmp_path / "runs/latest").resolve() == (tmp_path / "runs/a").resolve()
     go(flags, tmp_path / "runs" / "c", 1)
     assert (tmp_path / "runs/latest").readlink() == Path("c")
+    (tmp_path / f"runs/.latest-{os.getpid()}").symlink_to("x")  # of a command that was killed under this process id
+    go(flags, "runs/d", 1)
+    assert (tmp_path / "runs/latest").readlink() == Path("d")

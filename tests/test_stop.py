@@ -301,3 +301,12 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_makes_no_step(flags, 
     monkeypatch.setattr("train.optim.clip", lambda model, most: math.nan)
     out = train_here(*flags, "--log-dir", tmp_path)
     assert out.returncode == 1 and "no update was made" in json.loads((tmp_path / "exit.json").read_text())["reason"]
+
+
+def test_a_run_whose_output_is_closed_ends_as_any_other(tmp_path, flags):
+    """As under some daemons: sys.stdout is None then."""
+    words = " ".join(map(str, [*flags, "--max-steps", "1", "--log-dir", tmp_path / "run"]))
+    done = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} {ROOT / 'train.py'} {words} >&- 2>&-"], env=environment(OMP_NUM_THREADS=1)
+    )
+    assert done.returncode == 0 and json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0

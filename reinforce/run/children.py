@@ -40,7 +40,7 @@ def say(line: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it any more
         sys.stderr.flush()
         # not print, which a signal handler may have interrupted
-        os.write(2, f"launch.sh: {line}\n".encode())
+        os.write(2, f"launch.sh: {line}\n".encode(errors="backslashreplace"))
 
 
 def family(pid: int) -> list[int]:
@@ -66,6 +66,12 @@ def adopt_orphans() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when its parent dies, of a SIGKILL say (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def end_orphans(kept: Sequence[Child], grace: float) -> None:

@@ -451,6 +451,8 @@ class TrainConfig:
             seconds(self.max_time_per_run)
         if self.resume == "must" and self.log_dir is None:
             raise ConfigError("--resume must: give the run to go on with as --log-dir")
+        if any("\ud800" <= character <= "\udfff" for character in self.log_dir or ""):
+            raise ConfigError("--log-dir: its name is no text in UTF-8; give another folder")
         if self.log_dir == "":
             raise ConfigError("--log-dir is empty; give a folder, or leave it out")
         if "" in self.end_strings:

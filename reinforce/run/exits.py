@@ -65,6 +65,10 @@ def run(
     return code
 
 
+# what a disk says that is full, read-only, gone or broken
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE, errno.EIO)
+
+
 def outcome(error: Exception) -> tuple[int, str]:
     """Exit code and reason for an exception; prints the traceback of an unknown one."""
     if isinstance(error, ConfigError):
@@ -80,7 +84,7 @@ def outcome(error: Exception) -> tuple[int, str]:
             "--micro-batch-size, and --rollout-micro-batch-size for sampling, or give "
             "--gradient-checkpointing)"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK:
         return 1, f"{line}; remove the cause, then give the same command again"
     if distributed.lost(error):
         return 75, f"another rank is gone ({line})"

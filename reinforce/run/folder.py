@@ -142,8 +142,10 @@ def point_latest(folder: Path) -> None:
     copied = link.is_dir() and not link.is_symlink()
     if folder.resolve().parent == runs.resolve() and folder.name != "latest" and not copied:
         partial = runs / f".latest-{os.getpid()}"
-        partial.symlink_to(folder.name)
-        partial.replace(link)
+        with contextlib.suppress(OSError):  # a file system without links
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(folder.name)
+            partial.replace(link)
 
 
 def new_folder(name: str, flag: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reinforce.errors import ConfigError
 from reinforce.objective import Judged
 from reinforce.rollout import Rollout
 from reinforce.text import Prompt, decoded, response_ids
@@ -76,11 +77,18 @@ def known(values: Tensor) -> list[float | None]:
 
 
 def recorded(run: Path) -> dict[int, list[Group]]:
-    """The validations in a run folder as {step: groups}, in the order of validation.jsonl."""
+    """The validations in a run folder as {step: groups}, in the order of validation.jsonl.
+
+    Raises ConfigError on a damaged line.
+    """
     found: dict[int, list[Group]] = {}
     if not (run / "validation.jsonl").exists():
         return found
-    for line in (run / "validation.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        found.setdefault(record.pop("step"), []).append(Group(**record))
+    path = run / "validation.jsonl"
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found.setdefault(record.pop("step"), []).append(Group(**record))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: line {number} is damaged; take it out") from error
     return found

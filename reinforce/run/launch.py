@@ -49,6 +49,7 @@ from reinforce.run.children import (  # noqa: E402
     Signals,
     adopt_orphans,
     end_orphans,
+    end_with_parent,
     exists,
     last_lines,
     say,
@@ -102,13 +103,14 @@ class Job:
 
     def run(self, script: str, *words: object) -> None:
         """Run a script, which prints itself what it does and what is wrong."""
-        child = Child(self.command(script, *words))
+        child = Child(self.command(script, *words), preexec_fn=end_with_parent)
         if code := wait_for(child, self.signals, f"in {script}"):
             raise EndedError(code)
 
     def output(self, script: str, *words: object) -> str:
         """Run a script, and return its last line on stdout: the folder that it has prepared."""
-        child = Child(self.command(script, *words), stdout=subprocess.PIPE)
+        command = self.command(script, *words)
+        child = Child(command, stdout=subprocess.PIPE, preexec_fn=end_with_parent)
         code = wait_for(child, self.signals, f"in {script}")
         lines = (child.process.stdout.read() if child.process.stdout else b"").decode().splitlines()
         if code or not lines:
@@ -127,6 +129,7 @@ class Job:
             if pid.isdigit() and not exists(int(pid)):  # of one that was killed
                 shutil.rmtree(left, ignore_errors=True)
         partial = folder.with_name(f"{here}{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)  # in a container the id may be the same
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.run(script, *words, "--out", partial)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from reinforce.errors import first_line
 from reinforce.run.curves import draw_curves
 from reinforce.run.group import Group
 from reinforce.run.metrics import mean_reward
@@ -117,7 +119,10 @@ class Recorder:
         self._rollouts.close()
         self._validation.close()
         self._board.close()
-        draw_curves(self.folder)
+        try:
+            draw_curves(self.folder)
+        except OSError as error:  # the run itself is done
+            print(f"no curves.png: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 class Silent(Recorder):

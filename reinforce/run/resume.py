@@ -14,7 +14,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,10 @@ def check_identity(run: Path, current: dict[str, Any]) -> None:
     try:
         younger = {**identity(TrainConfig()), "prompt_lines": current.get("prompt_lines")}
         recorded = {**younger, **json.loads(path.read_text())}
+        if "rows" in recorded:  # its name before it was prompt_lines
+            recorded["prompt_lines"] = recorded.pop("rows")
         before = canonical(recorded)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(
             f"--log-dir {run}: its identity.json cannot be read ({error}); give a new folder"
         ) from error
@@ -215,13 +217,25 @@ def write_identity(run: Path, identity: dict[str, Any]) -> None:
 def truncate_logs(run: Path, step: int) -> None:
     """Cut off the lines of later steps, and a last line that a kill has cut short.
 
-    At step 0 the logs become empty.
+    A damaged line among them is left out, and said. At step 0 the logs become empty.
     """
     for name in LOGS:
         path = run / name
-        if path.exists():
-            with path.open("r+b") as file:
-                file.truncate(_bytes_up_to(step, file))
+        if not path.exists():
+            continue
+        with path.open("rb") as file:
+            lines = [(len(line), _is_up_to(step, line)) for line in file]
+        while lines and not lines[-1][1]:
+            lines.pop()
+        damaged = [number for number, (_, good) in enumerate(lines, 1) if not good]
+        os.truncate(path, sum(size for size, _ in lines))
+        if damaged:
+            print(f"!! {path}: left out {len(damaged)} damaged lines, first line {damaged[0]}")
+            partial = run / f".{name}.{os.getpid()}"
+            with path.open("rb") as file, partial.open("wb") as copy:
+                copy.writelines(line for line in file if _is_up_to(step, line))
+            checkpoint.flush(partial)
+            partial.replace(path)
 
 
 def drop_part_of_validation(run: Path, prompts: int) -> None:
@@ -234,20 +248,12 @@ def drop_part_of_validation(run: Path, prompts: int) -> None:
         os.truncate(path, sum(map(len, lines[:-last])))
 
 
-def _bytes_up_to(step: int, lines: Iterable[bytes]) -> int:
-    """Number of bytes in the leading lines that are complete and of steps up to this one."""
-    if step == 0:
-        return 0
-    size = 0
-    for line in lines:
-        try:
-            keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            keep = False
-        if not keep:
-            break
-        size += len(line)
-    return size
+def _is_up_to(step: int, line: bytes) -> bool:
+    """Whether a line of a log is complete, and of this step or one before."""
+    try:
+        return step > 0 and line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def digest(values: Sequence[Any]) -> str:

@@ -47,7 +47,7 @@ def open_run_folder(inputs: Inputs, name: str) -> tuple[Path, dict[str, Any]]:
             checkpoint.set_aside(folder, inputs.start.step)
             resume.truncate_logs(folder, inputs.start.step)
             resume.drop_part_of_validation(folder, len(inputs.data.held_out))
-        except PermissionError as error:
+        except (PermissionError, IsADirectoryError) as error:
             raise ConfigError(
                 f"{error.filename}: cannot be written ({error.strerror}); give another --log-dir"
             ) from error

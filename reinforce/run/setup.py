@@ -66,7 +66,7 @@ def begin(config: TrainConfig) -> Begun:
     if config.num_rollout_samples < world:
         raise ConfigError(
             f"--num-rollout-samples {config.num_rollout_samples} is fewer prompts than the "
-            f"{world} ranks: give at least {world}"
+            f"{world} {'ranks' if team == 1 else 'teams of ranks'}: give at least {world}"
         )
     if config.deterministic:
         devices.only_deterministic()
@@ -192,6 +192,10 @@ def load_prompts(
         if dropped and distributed.rank() == 0:
             too_long = f"{dropped} prompts longer than {longest} tokens"
             print(f"{name}: left out {too_long} ({limit})")
+        if tokenizer.chat_template and distributed.rank() == 0:
+            untemplated = sum(prompt.messages is None for prompt in prompts[name])
+            if untemplated:
+                print(f"{name}: {untemplated} prompts are text, which gets no chat template")
     refuse_short_last_step(config, len(prompts[data_flag]))
     return prompts
 

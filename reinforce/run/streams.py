@@ -5,6 +5,7 @@ before it has saved.
 """
 
 import io
+import os
 from typing import Any
 
 
@@ -23,6 +24,8 @@ def unheard(stream: Any) -> Any:
 
     What the encoding lacks is escaped. A stream that is no file, a test's say, stays itself.
     """
+    if stream is None:  # closed before Python started
+        return open(os.devnull, "w")
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # with PYTHONUNBUFFERED there is no buffer between
     if not isinstance(raw, io.FileIO):
