@@ -259,6 +259,7 @@ class RewardClient:
 
     def _handshake(self) -> ServerInfo:
         end = time.monotonic() + min(self._timeout, 10.0)
+        self._connection.keep_alive = True
         try:
             try:
                 reply = self._exchange("GET", "/info", None, end)
@@ -286,6 +287,8 @@ class RewardClient:
             raise ConfigError(
                 f"--rm-fingerprint: {self.url} has no /info, so it cannot be checked ({foreign})"
             )
+        # nothing says which request a reply is of but the connection that it comes on
+        self._connection.keep_alive = False
         try:
             reply = self._call("POST", "/get_reward", {"query": [PROBE], "prompts": [PROBE]}, end)
             self._validate(reply, None, 1)
@@ -296,8 +299,6 @@ class RewardClient:
             file=sys.stderr,
             flush=True,
         )
-        # nothing says which request a reply is of but the connection that it comes on
-        self._connection.keep_alive = False
         return ServerInfo()
 
     def _pin(self, info: ServerInfo) -> ServerInfo:
