@@ -116,7 +116,7 @@ def load(config: ServeConfig, ranks: "Ranks | None") -> tuple[Batcher, Service]:
 
 
 def warm_reward(config: ServeConfig) -> Reward:
-    """The reward after its first forward pass. Raises ConfigError."""
+    """The reward, of a model after its first pass, without chatter. Raises ConfigError."""
     if config.reward_fn is None:
         from transformers.utils import logging
 
@@ -126,10 +126,7 @@ def warm_reward(config: ServeConfig) -> Reward:
         from recipes import toy
 
         config = dataclasses.replace(config, reward_model=str(toy.prepare() / "reward_model"))
-    reward = load_reward(config)
-    if reward.example is not None:
-        reward.score([reward.example])
-    return reward
+    return load_reward(config)
 
 
 def announce(config: ServeConfig, port: int, model: str) -> None:

@@ -27,7 +27,7 @@ def live(score=lengths, batch=8, fingerprint=FINGERPRINT, **how):
     """The server; its worker ends with the block."""
     server = RewardServer(("127.0.0.1", 0))
     batcher = Batcher(score, len, batch, **how)
-    server.service = Service(Reward(encode, score, len, None, "live", fingerprint, 0.0, 1.0), batcher, None, 64)
+    server.service = Service(Reward(encode, score, len, "live", fingerprint, 0.0, 1.0), batcher, None, 64)
     server.start()
     worker = threading.Thread(target=batcher.run, daemon=True)
     worker.start()

@@ -53,3 +53,18 @@ def test_a_gradient_that_is_not_finite_ends_the_training():
     model.lm_head.weight.data[5, 0] = torch.nan
     with pytest.raises(FailedError, match="the gradient of step 1 is nan"):
         sft.train_sft(model, EXAMPLES, 0, Plan(lr=1e-3, batch_size=5, quiet=True))
+
+
+def test_no_pass_is_wider_than_its_tokens_allow(monkeypatch):
+    """Prompts are padded left, answers right: long prompts and long answers in one pass would be both."""
+    widths, real = [], sft.loss_sum
+
+    def measured(scorer, examples, *rest):
+        widths.append(len(examples) * (max(len(p) for p, _ in examples) + max(len(a) for _, a in examples)))
+        return real(scorer, examples, *rest)
+
+    monkeypatch.setattr(sft, "loss_sum", measured)
+    examples = [([5] * (20 if i % 2 else 1), [6] * (1 if i % 2 else 20)) for i in range(12)]
+    sft.train_sft(tiny_llama(), examples, 0, Plan(lr=1e-3, batch_size=12, micro_batch_tokens=63, quiet=True))
+    sft.mean_loss(tiny_llama(), examples, 0, most=63)
+    assert len(widths) > 4 and max(widths) <= 63

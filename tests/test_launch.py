@@ -414,7 +414,7 @@ def test_what_a_killed_launcher_of_the_same_process_id_has_left_is_removed(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["sft"] and not any((tmp_path / "sft").iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
 @pytest.mark.parametrize("phase", ["check", "prepare"])
 def test_a_command_in_front_ends_with_a_launcher_that_is_killed(launch, tmp_path, phase):
     variable, pid_file = PHASES[phase]

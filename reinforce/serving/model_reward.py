@@ -29,7 +29,7 @@ from reinforce.serving.reward_model import (
 
 
 def model_reward(config: ServeConfig, name: str) -> Reward:
-    """A one-label sequence classifier from a folder or the hub. Raises ConfigError."""
+    """A one-label sequence classifier from a folder or the hub, warm. Raises ConfigError."""
     device = devices.pick(config.device, local_rank())
     size, options = config.tensor_model_parallel_size, {}
     if size > 1:
@@ -74,7 +74,7 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
 
     try:
         if hasattr(model, "score"):
-            run([[1] * min(8, longest)])
+            run([[1] * min(8, longest)])  # the first pass, which is slow
         else:
             check_pooling(lambda items: run(items, False), tokenizer, min(64, longest), name)
     except (ConfigError, *OUT_OF_MEMORY):
@@ -93,7 +93,7 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     label = Path(name).resolve().name if Path(name).is_dir() else name
     dated = "strftime_now" in str(tokenizer.chat_template)
     digest = fingerprint(folder) + ("/bf16" if bf16 else "") + (f"/{config.date}" if dated else "")
-    return Reward(encode, run, len, [1] * min(8, longest), label, digest, mean, std, longest)
+    return Reward(encode, run, len, label, digest, mean, std, longest)
 
 
 def positions(model: Any) -> int | None:

@@ -20,7 +20,6 @@ class Reward:
     encode: Callable[["Text"], tuple[Any, bool]]
     score: Callable[[list[Any]], list[float]]
     size: Callable[[Any], int]
-    example: Any  # scored once before the server calls itself ready; None: nothing to warm up
     model: str
     fingerprint: str
     mean: float
@@ -50,7 +49,7 @@ def function_reward(config: ServeConfig, spec: str) -> Reward:
 
     mean = 0.0 if config.reward_mean is None else config.reward_mean
     std = 1.0 if config.reward_std is None else config.reward_std
-    return Reward(encode, run, lambda item: len(item[1]), None, named.name, named.digest, mean, std)
+    return Reward(encode, run, lambda item: len(item[1]), named.name, named.digest, mean, std)
 
 
 def numbers_of(scores: Any, count: int, spec: str) -> list[float]:
