@@ -73,16 +73,18 @@ def linear_layers(model: Any) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
-def median_seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Median seconds of a call; the first is left out."""
+def median_seconds(
+    work: Callable[[], Any], repeats: int, device: torch.device, unsettled: int = 1
+) -> float:
+    """Median seconds of a call, after so many `unsettled` ones that do not count."""
     taken = []
-    for _ in range(repeats + 1):
+    for _ in range(unsettled + repeats):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+    return statistics.median(taken[unsettled:])
 
 
 def read_rate(device: torch.device) -> float:

@@ -26,6 +26,7 @@ from reinforce import device as devices
 from reinforce.run.allocator import keep_freed_memory
 
 K = 4
+UNSETTLED = 3  # calls in which the heap still grows
 
 
 def responses(b: int, s: int, t: int, vocabulary: int, device: torch.device) -> Rollout:
@@ -69,7 +70,7 @@ def main() -> None:
                     logp: Tensor = scorer(rows.prompt, rows.prompt_mask, rows.response, rows.mask)
                 logp.mean().backward()
 
-            times[b, t] = seconds = machine.median_seconds(work, args.repeats, device)
+            times[b, t] = seconds = machine.median_seconds(work, args.repeats, device, UNSETTLED)
             tokens = args.prompt * b // K + t * b
             flop = 6 * body * tokens + 6 * head * t * b
             alone = machine.product_rate(layers, tokens, bf16, device)

@@ -8,13 +8,13 @@ libraries, and a GPU's allocator, are left as they are.
 import ctypes
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_... of malloc.h
-MOST = 2**31 - 1  # bytes, the largest C int
+NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """From now on, freed memory is kept, but what is beyond 2 GiB at the heap's end."""
+    """From now on, freed memory is kept."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return
     libc.mallopt(MMAP_MAX, 0)  # else a tensor beyond 32 MiB has a mapping of its own
-    libc.mallopt(TRIM_THRESHOLD, MOST)
+    libc.mallopt(TRIM_THRESHOLD, NEVER)
