@@ -4,7 +4,6 @@ import ast
 import fcntl
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -12,15 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
-from conftest import ROOT, environment, script
+from conftest import ROOT, environment
 
-from recipes.pipelines import hh
 from reinforce.run import children
-from reinforce.run import launch as launch_
 
 FAKE = """#!/usr/bin/env bash
 # stands in for a Python with PyTorch: each script does what the test says
@@ -366,54 +361,6 @@ def test_exit_json_of_an_earlier_run_is_not_taken_for_this_ones(launch, tmp_path
     assert job.returncode == 0 and "long ago" not in out
 
 
-# the supervisor's functions
-
-
-@pytest.mark.parametrize(("text", "found"), [
-    ('{"code": 75, "reason": "r"}', (75, "r")), ('{"code": 0, "rea', None), ("", None), ("[]", None), ('{"code": null, "reason": ""}', None),
-])  # fmt: skip
-def test_exit_json_is_read_whole_or_not_at_all(tmp_path, text, found):
-    (tmp_path / "exit.json").write_text(text)
-    assert launch_.read_exit(tmp_path) == found
-
-
-def test_the_last_value_of_a_flag_counts_as_argparse_has_it():
-    value = launch_.value_of
-    assert value("--log-dir", ["--log-dir", "a", "--log-dir=b"]) == "b" and value("--log-dir", ["--log-dir"]) is None
-    assert value("--log-dir", ["--log-dirs", "a"]) is None
-
-
-def test_a_folder_is_made_once_and_only_whole(tmp_path, monkeypatch):
-    """`make` of a command that fails leaves nothing that a next run would take for the result."""
-    job = launch_.Job.__new__(launch_.Job)
-    results = []
-
-    def run(script, *words):
-        Path(words[-1]).mkdir()
-        results.append(words)
-        if len(results) == 1:
-            raise children.EndedError(3)
-
-    job.run = run
-    with pytest.raises(children.EndedError):
-        job.make(tmp_path / "w/sft", "recipes/sft.py")
-    assert not (tmp_path / "w/sft").exists()
-    job.make(tmp_path / "w/sft", "recipes/sft.py")
-    job.make(tmp_path / "w/sft", "recipes/sft.py")
-    assert (tmp_path / "w/sft").is_dir() and len(results) == 2
-
-
-def test_what_a_killed_launcher_of_the_same_process_id_has_left_is_removed(tmp_path):
-    """In a container the launcher may always be process 1."""
-    job = launch_.Job.__new__(launch_.Job)
-    left = tmp_path / f".sft-{platform.node()}-{os.getpid()}"
-    left.mkdir()
-    (left / "half").touch()
-    job.run = lambda script, *words: Path(words[-1]).mkdir()
-    job.make(tmp_path / "sft", "recipes/sft.py")
-    assert [path.name for path in tmp_path.iterdir()] == ["sft"] and not any((tmp_path / "sft").iterdir())
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
 @pytest.mark.parametrize("phase", ["check", "prepare"])
 def test_a_command_in_front_ends_with_a_launcher_that_is_killed(launch, tmp_path, phase):
@@ -426,70 +373,3 @@ def test_a_command_in_front_ends_with_a_launcher_that_is_killed(launch, tmp_path
     while not gone(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert gone(child)
-
-
-def test_two_launchers_may_make_the_same_folder(tmp_path):
-    job = launch_.Job.__new__(launch_.Job)
-
-    def run(script, *words):
-        for folder in (Path(words[-1]), tmp_path / "sft"):  # the other one is faster
-            folder.mkdir()
-            (folder / "file").touch()
-
-    job.run = run
-    other = tmp_path / f".sft-{platform.node()}-b-1"  # of a machine whose name begins alike
-    other.mkdir()
-    job.make(tmp_path / "sft", "recipes/sft.py")
-    assert {path.name for path in tmp_path.iterdir()} == {"sft", other.name}
-
-
-def test_a_signal_that_comes_while_the_trainer_starts_is_passed_on(tmp_path, monkeypatch):
-    """It would otherwise wait for a trainer that nobody has told, and kill it eleven minutes later."""
-    job = launch_.Job.__new__(launch_.Job)
-    job.folder, job.hetjob, job.processes, job.address, job.python = tmp_path, None, "1", ("h", "1"), sys.executable
-    job.signals = SimpleNamespace(first=None, trainer=None, told=[], raise_if_any=lambda doing: None)
-    job.signals.tell_trainer = job.signals.told.append
-    job.watch = lambda trainer: None
-    job.conclude = lambda code, before: None
-
-    def started(command):
-        job.signals.first = "SIGTERM"
-        return SimpleNamespace(code=0)
-
-    monkeypatch.setattr(launch_, "Child", started)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    job.train()
-    assert job.signals.told == ["SIGTERM"]
-
-
-def test_the_hh_recipe_takes_its_flags_from_anywhere():
-    assert hh.taken("--size", ["--lr", "1", "--size", "quick"], "hour") == ("quick", ["--lr", "1"])
-    assert hh.taken("--size", ["--size=full"], "hour") == ("full", []) and hh.taken("--size", [], "hour") == ("hour", [])
-    with pytest.raises(children.EndedError, match="--base needs a value"):
-        hh.taken("--base", ["--base"], "")
-    assert hh.key_of("a") != hh.key_of("b")
-
-
-def test_a_base_that_was_trained_again_in_its_place_is_another_one_to_the_hh_recipe(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    first = hh.key_of(str(tmp_path))
-    assert hh.key_of(str(tmp_path)) == first
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert hh.key_of(str(tmp_path)) != first
-
-
-def test_a_process_of_another_user_exists():
-    code = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom reinforce.run.children import exists\nos.getuid() or os.setuid(65534)\nprint(exists(1))"
-    assert script("-c", code).stdout == "True\n"
-
-
-def test_a_server_that_is_ready_and_not_reached_ends_the_job_with_its_address(tmp_path, monkeypatch):
-    """A wrong interface or a firewall: the GPUs of a job would be held to its time limit."""
-    monkeypatch.setattr(launch_, "UNREACHED", 0.2)
-    monkeypatch.setattr(launch_.Job, "is_ready", lambda job, ready: setattr(job, "address", ("node1", "5567")))
-    monkeypatch.setattr(launch_, "Child", lambda *_, **__: mock.MagicMock(code=None))
-    monkeypatch.setenv("PYTHON", sys.executable)
-    job = launch_.Job("run", ["--log-dir", str(tmp_path)], mock.MagicMock())
-    with pytest.raises(children.EndedError, match="ready, and nothing answers here at http://node1:5567") as ended:
-        job.serve("--reward-fn", "x:y")
-    assert ended.value.code == 1
