@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
@@ -54,12 +54,16 @@ def spelled(name: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    elsewhere: Mapping[str, str] = {}  # another script's flags -> where they belong
+
     def error(self, message: str) -> NoReturn:
         """One sentence, as a ConfigError, instead of a page of usage."""
-        near: list[str] = []
+        hint = "--help lists every flag"
         if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
+            if unknown[1] in self.elsewhere:
+                hint = self.elsewhere[unknown[1]]
+            elif near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1):
+                hint = f"did you mean {near[0]}?"
         raise ConfigError(f"{message} ({hint})")
 
 
@@ -67,13 +71,15 @@ def parse(config: type[C], description: str, argv: Sequence[str] | None = None) 
     """The dataclass, filled from a command line and checked. Raises ConfigError; --help exits.
 
     Without `argv` the command line is sys.argv. A dataclass with a field `preset` takes its
-    defaults from the preset of that name in `PRESETS`.
+    defaults from the preset of that name in `PRESETS`. Its `ELSEWHERE` tells where a flag of
+    another script belongs.
     """
     parser = _Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.elsewhere = getattr(config, "ELSEWHERE", {})
     groups: dict[str, Any] = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         group = f.metadata["group"]

@@ -30,7 +30,7 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--rollout-micro-batch-size", "3"], "smaller than a group"), (["--min-new-tokens", "24"], "--min-new-tokens 24"),
     (["--policy", "x"], "--policy without --train-data"), (["--train-data", "x"], "come as a set"), (HERE, "come as a set"),
     (["--rm-host", "x"], "--rm-host and --rm-port"), (["--ema-decay", "1"], "--ema-decay"), (["--end-strings", ""], "--end-strings"),
-    (["--num-rollouts", "3"], "unrecognized"), (["--temperature", "0"], "--temperature"), (["--adam-betas", "0.9", "1"], "--adam-betas"),
+    (["--num-rollouts", "3"], "unrecognized"), (["--reward-fn", "a.py:f"], "serve_rm.py"), (["--temperature", "0"], "--temperature"), (["--adam-betas", "0.9", "1"], "--adam-betas"),
     (["--global-batch-size", "6"], "--global-batch-size 6 must be a multiple"), (["--global-batch-size", "0"], "--global-batch-size 0"),
     (["--global-batch-size", "128"], "divides"), (["--global-batch-size", "12"], "divides"), (["--ratio-clip", "0"], "--ratio-clip"),
     (["--truncated", "penalize"], "--missing-eos-penalty"), (["--missing-eos-penalty", "1"], "come together"),

@@ -41,6 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 
+REWARD = "the reward is serve_rm.py's; ./launch.sh run --help shows how both start"
+ELSEWHERE = {"--reward-model": REWARD, "--reward-fn": REWARD}
+
 # the defaults of a language model; those of the toy are in recipes/toy.py
 LANGUAGE_MODEL: dict[str, Any] = {"lr": 1e-6, "max_new_tokens": 256}
 
@@ -75,6 +78,7 @@ class TrainConfig:
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    ELSEWHERE: ClassVar[dict[str, str]] = ELSEWHERE
 
     preset: str | None = flag(
         None,
