@@ -5,6 +5,8 @@ import ctypes
 import pytest
 from conftest import script
 
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's mallopt")
+
 FAULTS = """
 import resource, sys, torch
 from reinforce.run.allocator import keep_freed_memory
@@ -19,7 +21,6 @@ print(min(faults[1:]) * resource.getpagesize() // 2**20)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's mallopt")
 def test_a_tensor_that_takes_the_place_of_a_freed_one_needs_no_new_pages():
     keep, plain = (int(script("-c", FAULTS, word).stdout) for word in ("keep", "as it is"))
     assert keep < 10 and plain > 90, (keep, plain)
@@ -39,6 +40,5 @@ print(full - libc.sbrk(0))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's mallopt")
 def test_no_size_of_the_heap_is_given_back():
     assert int(script("-c", END).stdout) == 0  # bytes
