@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
-from reinforce.rm_connection import read_token
+from reinforce.rm_connection import read_token, url_of
 from reinforce.serving.batcher import Batcher
 from reinforce.serving.body import max_body
 from reinforce.serving.config import ServeConfig
@@ -134,7 +134,7 @@ def announce(config: ServeConfig, port: int, model: str) -> None:
 
     Raises ConfigError if that cannot be written.
     """
-    print(f"serving {model} at http://{config.host}:{port}", flush=True)
+    print(f"serving {model} at {url_of(config.host, port)}", flush=True)
     if config.ready_file:
         partial = Path(f"{config.ready_file}.{os.getpid()}")
         try:

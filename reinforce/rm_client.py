@@ -23,6 +23,7 @@ from reinforce.rm_connection import (
     Reply,
     RewardError,
     TryAgainError,
+    url_of,
 )
 from reinforce.rm_reply import (
     ServerInfo,
@@ -83,7 +84,7 @@ class RewardClient:
         deadline: float = 300.0,
     ) -> None:
         """`timeout` is for one try, `deadline` for all tries until one is answered, in seconds."""
-        self.url = f"http://{host}:{port}"
+        self.url = url_of(host, port)
         self._fingerprint, self._timeout, self._deadline = fingerprint, timeout, deadline
         self._connection = Connection(host, port, token, self._check_same_model)
         self._info: ServerInfo | None = None

@@ -25,6 +25,15 @@ AFTER_STOP = 10.0  # seconds that a run that is to stop still waits for a reply
 MOST_CONNECT = 10.0  # seconds until a connection is there
 
 
+def url_of(host: str, port: int) -> str:
+    """The URL of a server; an IPv6 address stands in brackets.
+
+    >>> url_of("::1", 5567)
+    'http://[::1]:5567'
+    """
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def read_token() -> str | None:
     """The shared secret, from RM_TOKEN or the file RM_TOKEN_FILE.
 
@@ -136,7 +145,7 @@ class Connection:
 
         Another server may be behind it.
         """
-        self.url = f"http://{host}:{port}"
+        self.url = url_of(host, port)
         self._address, self._token, self._before_post = (host, port), token, before_post
         self.stopped: Callable[[], bool] = lambda: False  # whether the run is to stop
         self.keep_alive = True  # False: each request has a connection of its own

@@ -197,6 +197,18 @@ def test_a_name_that_only_points_to_this_machine_is_refused(host, status):
         assert ask(served.server_port, data, wait=5)[0].split(b" ")[1] == b"200"
 
 
+@pytest.mark.parametrize(("target", "status"), [
+    ("http://localhost/info", b"200"), ("HTTP://127.0.0.1:80/info?a=b", b"200"), ("http://evil.example/info", b"421"),
+    ("http://localhost@evil.example/info", b"421"), ("http:///info", b"421"), ("http://localhost", b"404"),
+])  # fmt: skip
+def test_the_name_in_an_absolute_target_counts_instead_of_hosts(target, status):
+    """RFC 9112, 3.2.2: a server takes them, and ignores Host."""
+    with live() as served:
+        for host in ("localhost", "evil.example"):
+            data = f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+            assert ask(served.server_port, data, wait=5)[0].split(b" ")[1] == status
+
+
 def test_requests_that_come_in_one_piece_are_answered_in_their_order():
     with live() as served, connect(served.server_port, wait=10) as one:
         one.sendall(b"".join(query("x" * n) for n in range(1, 30)) + request(path="/health") + query("end"))
@@ -239,6 +251,14 @@ def test_lists_and_objects_are_counted_without_those_in_texts(value, ascii):
 def test_no_body_is_counted_more_than_once(part):
     """What looked for the end of each string anew took half a minute for 40,000 quotes, and years for these."""
     assert body._containers(b"[" * (body.MAX_CONTAINERS + 1) + part * 1_000_000) > body.MAX_CONTAINERS
+
+
+@pytest.mark.parametrize(("deep", "status"), [(62, b"200"), (63, b"400"), (400, b"400"), (900, b"400"), (100_000, b"413")])
+def test_a_label_that_nests_too_deep_is_refused(deep, status, process):
+    """The copy of one 400 lists deep overflowed the stack: 500, and 100 KB of traceback in the log for each request."""
+    for label in (b"[" * deep + b"]" * deep, b'{"a": ' * deep + b"0" + b"}" * deep):
+        data = request(b'{"query": ["a"], "labels": [%s]}' % label)
+        assert ask(process[0], data)[0].split(b" ")[1] == status
 
 
 @pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "9" * 5000])

@@ -16,6 +16,7 @@ MAX_BODY = 16 << 20  # bytes
 LEAST_BODY = 1 << 20  # bytes that any server takes
 BYTES_PER_TOKEN = 64  # of a request's text, escaped, in the three columns that may hold it
 MAX_CONTAINERS = 100_000  # lists and objects of one request
+MAX_DEPTH = 64  # of them in one another; a label is copied by a function that calls itself
 
 _STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # without escapes: one without an end goes to the end
 
@@ -36,9 +37,21 @@ def read_json(request: Request) -> Any:
         raise HttpError(413, "too_large", f"at most {MAX_CONTAINERS} lists and objects")
     try:
         text = request.body.decode()
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise HttpError(400, "bad_json", "the body is not JSON") from error
+    if _is_deep(value):
+        raise HttpError(400, "bad_json", f"lists and objects nest {MAX_DEPTH} deep at most")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects nest deeper than `MAX_DEPTH`."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(MAX_DEPTH):
+        inside = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inside for v in values if isinstance(v, list | dict)]
+    return bool(level)
 
 
 def _containers(body: bytes) -> int:

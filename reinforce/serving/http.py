@@ -118,6 +118,9 @@ def parse_head(data: bytes) -> Head:
         name, value = (part.decode("latin-1") for part in field.groups())
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     method, target, minor = (part.decode("ascii") for part in match.groups())
+    if target.lower().startswith("http://"):  # absolute: its name counts, not Host's
+        name, slash, rest = target[len("http://") :].partition("/")
+        target, fields["host"] = slash + rest, [name] * len(fields.get("host", [""]))
     head = Head(method, target, int(minor), fields)
     if len(fields.get("host", [])) != 1 and head.minor == 1:
         raise HttpError(400, "bad_request", "exactly one Host")
