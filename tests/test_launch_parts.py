@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,3 +125,8 @@ def test_a_server_that_is_ready_and_not_reached_ends_the_job_with_its_address(tm
     with pytest.raises(children.EndedError, match="ready, and nothing answers here at http://node1:5567") as ended:
         job.serve("--reward-fn", "x:y")
     assert ended.value.code == 1
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback_of_the_help():
+    out = subprocess.run(["bash", "-c", f"{ROOT}/launch.sh --help | true"], text=True, capture_output=True, check=True)
+    assert out.stderr == ""

@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -406,17 +407,22 @@ def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
     return name, list(words[1:])
 
 
+def show_help() -> int:
+    """Print it, to `head` as well, which closes its end early; exit code 0."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(__doc__)
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     """Run the recipe that the command line names, and return the exit code."""
     if words and words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
+        return show_help()
     job = None
     try:
         name, rest = recipe_of(words)
         if name != "compare" and {"-h", "--help"} & set(rest):
-            print(__doc__)
-            return 0
+            return show_help()
         adopt_orphans()
         job = Job(name, rest, Signals())
         importlib.import_module(f"recipes.pipelines.{name}").pipeline(job, rest)
