@@ -279,7 +279,9 @@ def test_only_as_many_characters_are_tokenized_as_the_last_tokens_may_need():
         asked.clear()
         return last_tokens(Text(text, None, None, None, None, True), longest, ids_of, frozenset([ord("<")]))
 
-    assert cut("abcdef" * 100_000) == ([ord(c) for c in "cdef"], True) and asked == [64]
+    assert cut("abcdef" * 100_000) == ([ord(c) for c in "cdef"], True) and asked == [64, 32]
+    assert cut("<" + "abcdef" * 100_000) == ([ord(c) for c in "<def"], True) and asked == [64, 32], "a begin token of a long text"
+    assert cut(" " * 100 + "abcdef" * 100_000) == ([ord(c) for c in "cdef"], True), "what opens it has no token"
     assert cut("abcd") == ([ord(c) for c in "abcd"], False) and asked == [4]
     assert cut("abc" + " " * 500) == ([ord(c) for c in "abc"], False), "spaces are no tokens here: more characters are taken"
     assert asked == [64, 256, 503]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from reinforce.serving.protocol import Text
 
 CHARACTERS = 16  # a token, at first
+OPENING = 32  # characters, more than a begin token has
 
 
 def last_tokens(
@@ -25,7 +26,8 @@ def last_tokens(
         part = last_characters(text, most)
         ids = ids_of(part)
         if len(ids) > longest:
-            first = ids[:1] if ids[0] in begin and longest > 1 else []
+            opening = ids if part is text else ids_of(first_characters(text, part))
+            first = opening[:1] if opening and opening[0] in begin and longest > 1 else []
             return first + ids[len(first) - longest :], True
         if part is text:
             break
@@ -33,6 +35,14 @@ def last_tokens(
     if not ids:
         raise ValueError("an empty text")
     return ids, False
+
+
+def first_characters(text: Text, part: Text) -> Text:
+    """What begins with the same token as the text, whose end is `part`.
+
+    A conversation's first token is its template's, so that of its end is the same.
+    """
+    return part if text.query is None else replace(text, query=text.query[:OPENING])
 
 
 def last_characters(text: Text, most: int) -> Text:
