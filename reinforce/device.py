@@ -14,21 +14,41 @@ SMALL = 10_000_000  # parameters; below this bf16 gains nothing
 
 
 def pick(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises ConfigError on a GPU that is missing."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """The device of this process: on a GPU that of its local rank, or the one with `name`'s number.
+
+    Raises ConfigError on a GPU that is missing.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            "--device cuda: PyTorch sees no usable GPU here; give --device cpu or auto"
+            f"--device {name}: PyTorch sees no usable GPU here; give --device cpu or auto"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if ":" in name:
+        local_rank = int(name.partition(":")[2])
+        if local_rank >= count:
+            raise ConfigError(f"--device {name}: PyTorch sees {count} GPUs here, from cuda:0 on")
+    if local_rank >= count:
         raise ConfigError(
             f"--device: rank {local_rank} of this machine has no GPU of its own ({count} here); "
             "start fewer processes, or give --device cpu"
         )
     torch.cuda.set_device(local_rank)
+    _settle_gpu()
     return torch.device("cuda", local_rank)
+
+
+def _settle_gpu() -> None:
+    """float32 is float32, and attention is no kernel that is built anew for each shape.
+
+    TF32 keeps 10 bits of 23; an environment variable of some containers switches it on. cuDNN's
+    attention, PyTorch's first choice on newer GPUs, makes a plan for each length, of which sampling
+    has one a token, and has given NaN gradients with a mask (pytorch/pytorch#196678).
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -4,7 +4,7 @@ Which tokens belong to a response is a length, kept as a mask, and never read ba
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Rollout:
     def lengths(self) -> tuple[list[int], list[int]]:
         """Prompt tokens and response tokens of each row."""
         return self.prompt_mask.sum(1).tolist(), self.length.tolist()
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The same on another device."""
+        return Rollout(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def take(self, rows: Sequence[int]) -> "Rollout":
         """Some of the rows, without the padding that they do not need.

@@ -113,7 +113,10 @@ def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k:
         ordered[:, top_k:] = -torch.inf
     probability = ordered.softmax(-1)  # (B, V)
-    likelier = probability.cumsum(-1) - probability  # (B, V), mass of the likelier ones
+    # a GPU adds up in no fixed order, which --deterministic refuses
+    summing = CPU if torch.are_deterministic_algorithms_enabled() else logits.device
+    reached = probability.to(summing).cumsum(-1).to(logits.device)  # (B, V)
+    likelier = reached - probability  # (B, V), mass of the likelier ones
     drop = (likelier >= top_p) | (ordered == -torch.inf)
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
@@ -210,12 +213,12 @@ def sample(
         if end_strings and decode is not None and t + 1 >= least:
             tokens = torch.cat([prompt[alive, -1:], response[alive, : t + 1]], 1)  # (n, 1 + t)
             ended |= completes(tokens, end_strings, decode)
-        length[alive[ended]] = t + 1
-        finished[alive[ended]] = True
-        if t + 1 == t_max or bool(ended.all()):
+        length[alive] = t + 1
+        finished[alive] = ended
+        going = (~ended).nonzero()[:, 0]  # what a GPU is waited for, once a token
+        if t + 1 == t_max or len(going) == 0:
             break
-        if bool(ended.any()):
-            going = (~ended).nonzero()[:, 0]
+        if len(going) < len(alive):
             alive, token = alive[going], token[going]
             cache.batch_select_indices(going)
         own = torch.ones_like(response[alive, : t + 1], dtype=torch.bool)

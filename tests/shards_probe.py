@@ -34,7 +34,7 @@ def main(folder):
             assert model is not None and all(p.is_meta for p in model.parameters())
             scorer = Scorer(model, plain=True)
             distributed.wrap(scorer, CPU, "fsdp", False, on_host)
-            shards.read(scorer, str(source.parent))
+            shards.read(scorer, str(source.parent), CPU)
             stored = load_file(source.parent / "model.safetensors")
             for name, parameter in model.named_parameters():
                 assert torch.equal(distributed.gather_tensor(parameter.detach()), stored.pop(name)), name

@@ -106,7 +106,7 @@ def main(folder):
             scorer = Scorer(model, plain=True)
         tensor_parallel.shard(model, CPU)
         wrapped = distributed.wrap(scorer, CPU, parallel, False)
-        shards.read(scorer, files)
+        shards.read(scorer, files, CPU)
         tensor_parallel.place_gradients(model)
         check_places(model, whole)
         check_gradient(model, scorer, wrapped, tied, norms)

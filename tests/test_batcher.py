@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -66,6 +67,26 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_does_not_fit_alone(s
     with pytest.raises(torch.OutOfMemoryError):
         batcher.submit([99], soon()).result(10)
     assert batcher.submit([1], soon()).result(10) == [1.0]
+
+
+def test_a_second_try_finds_the_memory_of_the_first_one_free(started):
+    """An exception holds the frames that it came through, and they the activations of the pass that did not fit."""
+    activations, held = [], []
+
+    def score(items):
+        held.append(sum(one() is not None for one in activations))
+        states = torch.zeros(len(items))
+        activations.append(weakref.ref(states))
+        if len(items) > 1:
+            raise torch.OutOfMemoryError
+        return [float(i) for i in items]
+
+    gate = threading.Event()
+    batcher = started(lambda items: gate.wait(10) and score(items), batch_size=8)
+    futures = [batcher.submit([i, i + 1], soon()) for i in range(0, 8, 2)]
+    gate.set()
+    assert [f.result(10) for f in futures] == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
+    assert len(held) > 8 and not any(held)
 
 
 def test_a_request_with_a_value_that_is_not_finite_fails_alone(started):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from reinforce.errors import ConfigError
 from reinforce.run import exits, folder
@@ -67,6 +68,18 @@ def test_losses_of_opposite_infinities_are_no_number_and_no_traceback(monkeypatc
     sums = Sums(SimpleNamespace(advantage=torch.zeros(1), rollout=rollout), 0.2)
     monkeypatch.setattr("reinforce.run.update.distributed.gather", lambda _: [(math.inf, 0.0), (-math.inf, 0.0)])
     assert math.isnan(sums.over_ranks().loss)
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (dist.DistBackendError("NCCL error: ncclRemoteError: ... network error or a remote process exiting prematurely."), 75),
+    (dist.DistBackendError("NCCL communicator was aborted on rank 1."), 75), (dist.DistNetworkError("closed"), 75),
+    (RuntimeError("[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 75),
+    (dist.DistBackendError("NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"), 1),
+    (dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1"), 1),
+])  # fmt: skip
+def test_only_a_rank_that_is_gone_is_told_as_one(error, code, capsys):
+    """NCCL has one class for all that it has to say, of a GPU without memory as well: trying again would not cure that."""
+    assert exits.outcome(error)[0] == code
 
 
 def test_running_out_of_gpu_memory_or_of_a_quota_is_one_sentence(capsys):

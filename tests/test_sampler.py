@@ -200,6 +200,17 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
     assert kept(0, 1.0) == [True] * 4
 
 
+def test_top_p_needs_no_operation_that_deterministic_refuses_on_a_gpu(monkeypatch):
+    """A GPU has no deterministic running sum: the processor adds up then, to which nothing can be copied from "meta"."""
+    logits = torch.randn(2, 30)
+    plain = keep_likely(logits.clone(), 0, 0.5)
+    assert keep_likely(logits.to("meta"), 0, 0.5).is_meta
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert torch.equal(keep_likely(logits.clone(), 0, 0.5), plain)
+    with pytest.raises(NotImplementedError, match="meta"):
+        keep_likely(logits.to("meta"), 0, 0.5)
+
+
 @pytest.mark.parametrize(("k", "p"), [(3, 0.7), (20, 0.8), (5, 1.0), (0, 0.5)])
 def test_top_k_with_top_p_is_that_of_generate(k, p):
     """First top k, then top p of what is left."""

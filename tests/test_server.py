@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, script
 
+from reinforce import device as devices
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.serving.config import ServeConfig
@@ -243,6 +244,7 @@ def test_a_port_in_use_is_one_sentence(tmp_path):
     (["--reward-fn", "nowhere.py:f"], "no file"), (["--reward-fn", "train.py:nothing"], "no function"),
     (["--reward-model", "a", "--reward-fn", "b:c"], "give one"), (["--reward-std", "0"], "positive"), (["--prot", "1"], "did you mean --port?"),
     (["--reward-model", "./nowhere"], "--reward-model ./nowhere"), (["--device", "cuda"], "GPU"),
+    (["--device", "cuda:1"], "--device cuda:1: PyTorch sees no usable GPU"), (["--device", "cuda:x"], "auto, cpu, cuda or cuda:N"),
 ])  # fmt: skip
 def test_bad_server_flags_are_one_sentence_and_exit_code_2(flags, reason, small, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -290,3 +292,24 @@ def test_the_server_ends_with_its_parent(tmp_path):
             return
         time.sleep(0.1)
     pytest.fail("the server outlived its parent")
+
+
+def test_a_gpu_is_taken_by_local_rank_or_by_its_number_and_settled(monkeypatch):
+    """cuDNN's attention has given NaN gradients with a mask, and TF32 is no float32."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert [str(devices.pick(name, 1)) for name in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+        for name, rank in (("cuda", 2), ("cuda:2", 0)):
+            with pytest.raises(ConfigError, match="GPU"):
+                devices.pick(name, rank)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cudnn.allow_tf32 = before[2]
+    with pytest.raises(ConfigError, match="each has a GPU of its own"):
+        ServeConfig(reward_model="a", device="cuda:1", data_parallel=True).check_processes(2)

@@ -129,8 +129,12 @@ def stop() -> None:
 def lost(error: BaseException) -> bool:
     """Whether an exception says that another rank has ended or hangs.
 
-    Gloo raises a plain RuntimeError, told from others by its text.
+    Gloo raises a plain RuntimeError, and NCCL the same one for a GPU without memory, say: both are
+    told from others by their text.
     """
+    if isinstance(error, dist.DistBackendError):
+        text = str(error).lower()
+        return any(words in text for words in ("/gloo/", "remote process", "aborted", "timeout"))
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "/gloo/" in str(error)
     )
@@ -274,9 +278,8 @@ def wrap(
     return wrapped
 
 
-def give_memory(module: nn.Module) -> None:
+def give_memory(module: nn.Module, device: torch.device) -> None:
     """Memory, of any content, for this rank's shards of parameters that are on the meta device."""
-    device = next(p.device_mesh.device_type for p in module.parameters() if isinstance(p, DTensor))
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 
 

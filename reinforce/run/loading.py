@@ -1,7 +1,9 @@
 """From checked inputs to the actor: the models are loaded, inspected, wrapped."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +22,7 @@ from reinforce.run import allocator, distributed, offload, shards, tensor_parall
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.setup import Inputs, begin, check
-from reinforce.sampler import Sampling
+from reinforce.sampler import CPU, Sampling
 
 
 def set_up(
@@ -47,11 +49,12 @@ def load(inputs: Inputs) -> Actor:
     With LoRA the checkpoint has the adapters alone, and the reference is the policy without them.
     """
     config, device, tokenizer, ends = inputs.config, inputs.device, inputs.tokenizer, inputs.end_ids
-    allocator.keep_freed_memory()
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
     sharded = config.parallel == "fsdp"
     team = config.tensor_model_parallel_size
     # a device that takes a shard may be too small for the whole model
-    load_device = torch.device("cpu") if sharded or team > 1 else device
+    load_device = CPU if sharded or team > 1 else device
     source = inputs.policy if inputs.start.folder is None else str(inputs.start.folder)
     stored = inputs.policy if config.lora_rank else source  # where the whole weights are
     model = load_first(inputs, stored, load_device)
@@ -84,7 +87,7 @@ def load(inputs: Inputs) -> Actor:
     scorer = scorer_of(model)
     # wrapped before the reference is loaded: a rank then never holds two whole models
     wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
-    shards.read(scorer, stored)
+    shards.read(scorer, stored, CPU if host.optimizer else device)
     tensor_parallel.place_gradients(model)
     reference: nn.Module | None = None
     if config.initial_policy_kl_penalty > 0 and config.lora_rank:
@@ -96,7 +99,7 @@ def load(inputs: Inputs) -> Actor:
         tensor_parallel.shard(initial.requires_grad_(False), device)
         frozen = scorer_of(initial)
         reference = distributed.wrap(frozen, device, config.parallel, bf16, host.reference)
-        shards.read(frozen, inputs.policy)
+        shards.read(frozen, inputs.policy, CPU if host.reference else device)
     training, validation = samplings(config, tokenizer, ends)
     if distributed.rank() == 0:
         print_setting(inputs, source, size, bf16)
@@ -156,7 +159,8 @@ def inspect(inputs: Inputs, model: nn.Module, source: str) -> guard.Verdict:
     name = f"{inputs.policy_flag} {source}"
     prompts = [p.ids for p in inputs.data.prompts[:4]]
     pad, checkpointing = inputs.tokenizer.pad_token_id, inputs.config.gradient_checkpointing
-    verdict = guard.inspect(model, prompts, inputs.end_ids, pad, checkpointing, name)
+    with all_processors(inputs.device):
+        verdict = guard.inspect(model, prompts, inputs.end_ids, pad, checkpointing, name)
     print(
         f"checked in {verdict.seconds:.1f} s: log pi of a token differs "
         f"by {verdict.sampling:.0e} between sampler and scorer, "
@@ -182,6 +186,18 @@ def inspect(inputs: Inputs, model: nn.Module, source: str) -> guard.Verdict:
             f"and stay as they are ({shown})"
         )
     return verdict
+
+
+@contextlib.contextmanager
+def all_processors(device: torch.device) -> Iterator[None]:
+    """A block of work on the host: where ranks compute on GPUs, each has one thread and waits."""
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_precision(inputs: Inputs, size: int) -> bool:

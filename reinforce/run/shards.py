@@ -62,15 +62,15 @@ def move(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda t: t if t.is_meta else t.to(device))
 
 
-def read(scorer: Scorer, name: str) -> None:
-    """Read this rank's shards of a model of `build`; one that was loaded whole stays as it is.
+def read(scorer: Scorer, name: str, device: torch.device) -> None:
+    """Read this rank's shards of a model of `build` into memory of `device`.
 
-    So do adapters, which have their values.
+    One that was loaded whole stays as it is. So do adapters, which have their values.
     """
     missing = [key for key, parameter in scorer.model.named_parameters() if parameter.is_meta]
     if not missing:
         return
-    distributed.give_memory(scorer)
+    distributed.give_memory(scorer, device)
     parameters = dict(scorer.model.named_parameters())
     distributed.read_shards({key: parameters[key] for key in missing}, name)
 

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,12 @@ class ServeConfig:
         "hardware",
         "under torchrun: split each copy of the reward model over this many processes",
     )
-    device: str = flag("auto", "hardware", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = flag(
+        "auto",
+        "hardware",
+        "where to compute: auto, cpu, cuda, or a GPU by its number, cuda:1 say, that the actor on "
+        "this machine does not use",
+    )
     precision: str = flag(
         "auto", "hardware", "of the reward model", choices=("auto", "fp32", "bf16")
     )
@@ -89,6 +95,8 @@ class ServeConfig:
             datetime.date.fromisoformat(self.date)
         except ValueError as error:
             raise ConfigError(f"--date is {self.date!r}; it must be a day, YYYY-MM-DD") from error
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise ConfigError(f"--device is {self.device!r}; it must be auto, cpu, cuda or cuda:N")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; it must be in 0 to 65535")
 
@@ -115,6 +123,11 @@ class ServeConfig:
             raise ConfigError(
                 f"--tensor-model-parallel-size {size} does not divide the number of processes, "
                 f"{processes}: start them with torchrun --nproc-per-node {size}, or a multiple"
+            )
+        if processes > 1 and ":" in self.device:
+            raise ConfigError(
+                f"--device {self.device}: torchrun started {processes} processes, and each has a "
+                "GPU of its own; give --device cuda"
             )
         if processes > size and not self.data_parallel:
             raise ConfigError(

@@ -41,22 +41,25 @@ class Forward:
     def __call__(self, batch: Taken) -> None:
         """Score the texts together; if that fails, each request alone: the guilty one fails."""
         start = time.monotonic()
+        requests = dict.fromkeys(request for request, _ in batch)
+        scores = None
         try:
             scores = self._halving([request.items[index] for request, index in batch])
         except Exception as error:
-            requests = dict.fromkeys(request for request, _ in batch)
-            if len(requests) > 1:
-                for request in requests:
-                    texts = [text for text in batch if text[0] is request]
-                    if request.dead(time.monotonic()):
-                        self.counts.dropped += len(texts)
-                        request.fail(LateError())
-                    else:
-                        self(texts)
+            if len(requests) == 1:
+                batch[0][0].fail(error)
+                if not is_out_of_memory(error):
+                    report(ascii("".join(traceback.format_exception(error))))
                 return
-            batch[0][0].fail(error)
-            if not is_out_of_memory(error):
-                report(ascii("".join(traceback.format_exception(error))))
+        # behind the block of the error, which holds the tensors of the pass that failed
+        if scores is None:
+            for request in requests:
+                texts = [text for text in batch if text[0] is request]
+                if request.dead(time.monotonic()):
+                    self.counts.dropped += len(texts)
+                    request.fail(LateError())
+                else:
+                    self(texts)
             return
         self.lasted = time.monotonic() - start
         self.counts.forward_seconds += self.lasted
@@ -82,8 +85,9 @@ class Forward:
             self.counts.out_of_memory += 1
             if len(items) == 1:
                 raise
-            empty_cache()
-            middle = len(items) // 2
-            return self._halving(items[:middle]) + self._halving(items[middle:])
         finally:
             self.started = None
+        # behind the block of the error, as above
+        empty_cache()
+        middle = len(items) // 2
+        return self._halving(items[:middle]) + self._halving(items[middle:])

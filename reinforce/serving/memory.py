@@ -1,21 +1,29 @@
 """A device without memory left, as PyTorch says it. A server without PyTorch never sees that."""
 
+import gc
 import sys
 from typing import Any
+
+FOREIGN = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is PyTorch's: fewer texts at once may fit.
 
-    >>> is_out_of_memory(ValueError("no"))
-    False
+    Where another process has taken a GPU's memory, CUDA and cuBLAS say it in words of their own.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    True
     """
     kind = getattr(_torch(), "OutOfMemoryError", None)
-    return kind is not None and isinstance(error, kind)
+    if kind is not None and isinstance(error, kind):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FOREIGN)
 
 
 def empty_cache() -> None:
-    """Give a GPU's freed memory back."""
+    """Give a GPU's freed memory back, and what only a cycle of objects holds."""
+    gc.collect()
     torch = _torch()
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
