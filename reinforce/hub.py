@@ -1,5 +1,6 @@
 """Which names the Hugging Face hub may be asked for: the path of a missing file is no hub id."""
 
+import os
 import re
 from pathlib import Path
 
@@ -24,10 +25,12 @@ def refuse_missing_path(name: str, flag: str) -> None:
 
     A run folder is no model; its checkpoints are.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):  # pathlib's raises for a name that is too long
         raise ConfigError(f"{flag} {name}: a file; give the folder that holds config.json")
+    if not os.path.isdir(name):
+        if not may_be_hub_id(name):
+            raise ConfigError(f"{flag} {name}: no such folder")
+        return
     saved = sorted(Path(name).glob("checkpoints/step-*"))
     if saved and (Path(name) / "identity.json").exists():
         raise ConfigError(f"{flag} {name}: a run folder; give a policy that it saved, {saved[-1]}")
-    if not Path(name).is_dir() and not may_be_hub_id(name):
-        raise ConfigError(f"{flag} {name}: no such folder")

@@ -7,6 +7,7 @@ loaded and later. No neighbour hides a module that is installed or part of Pytho
 import difflib
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ def load_named(spec: str, flag: str) -> Named:
     if not colon or name.endswith(".py"):
         path, name = spec, ""
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"{flag} {spec}: no file {path!r}; give FILE.py:NAME")
-    module = _load(file, f"{flag} {spec}")
+    source = _read(file, f"{flag} {spec}")
+    module = _run(source, file, f"{flag} {spec}")
     names = _names(module)
     listed = f"it has {', '.join(names[:8])}" if names else "it has none"
     if not name:
@@ -46,11 +48,23 @@ def load_named(spec: str, flag: str) -> Named:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else listed
         raise ConfigError(f"{flag} {spec}: no function {name!r} in {path}; {hint}")
-    digest = hashlib.sha256(f"{name}/".encode() + file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(f"{name}/".encode() + source).hexdigest()
     return Named(name, getattr(module, name), digest, file)
 
 
-def _load(file: Path, what: str) -> ModuleType:
+def _read(file: Path, what: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what}: {str(file)!r} cannot be read ({error.strerror})") from error
+
+
+def _run(source: bytes, file: Path, what: str) -> ModuleType:
+    """The module of a file whose text is `source`.
+
+    Not by the import system, which may take what it has compiled of an earlier text of the same
+    length and time.
+    """
     spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{what}: {str(file)!r} is not a Python file")
@@ -60,7 +74,7 @@ def _load(file: Path, what: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, spec.origin or file, "exec"), vars(module))
     except (Exception, SystemExit) as error:  # whatever the file does when it is imported
         raise ConfigError(f"{what}: {blame(error, file)}") from error
     return module

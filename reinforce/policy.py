@@ -238,11 +238,23 @@ def load_policy(
         raise ConfigError(f"{flag} {name}: not a trained causal language model (missing {missing})")
     refuse_foreign_weights(sorted(info["unexpected_keys"]), f"{flag} {name}")
     refuse_missing_rows(model.get_input_embeddings().weight.shape[0], tokenizer, f"{flag} {name}")
-    model = give_float32_logits(without_dropout(model).to(device))
+    model = own_memory(give_float32_logits(without_dropout(model).to(device)))
     if base != name:
         adapter.merge_into(model, name, flag)
     if frozen_dtype is not None:
         store_frozen(model.requires_grad_(False), frozen_dtype)
+    return model
+
+
+def own_memory(model: nn.Module) -> nn.Module:
+    """The model, with weights of its own.
+
+    On a CPU they are pages of its files as they come from safetensors: who copies another model
+    over a file would exchange them, in the middle of a run.
+    """
+    for weight in [*model.parameters(), *model.buffers()]:
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
     return model
 
 

@@ -44,7 +44,7 @@ def rewards_of(
         got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
         raise RewardError(f"{url} answered {got} as rewards for {expected} texts")
     shown = reply.get("fingerprint")
-    if pinned is not None and shown is not None and shown != pinned:
+    if pinned is not None and shown != pinned:
         raise RewardError(
             f"reward server {url} now serves another model ({shown!a:.80} instead of {pinned})"
         )

@@ -71,7 +71,8 @@ def client(server, **how):
 
 
 def good(request, connection=None):
-    return reply({"rewards": [float(len(t)) for t in request["query"]], "id": request["id"]})
+    rewards = [float(len(t)) for t in request["query"]]
+    return reply({"rewards": rewards, "id": request["id"], "fingerprint": INFO["fingerprint"]})
 
 
 def test_rewards_come_back_in_order_and_requests_are_split_to_the_servers_limit(server):
@@ -99,7 +100,7 @@ def test_a_request_that_is_not_answered_in_time_is_asked_in_halves(server, late)
     [], [1.0], [1.0, 2.0, 3.0], [[1.0], [2.0]], {"0": 1.0, "1": 2.0}, [1.0, None], [1.0, True], [1.0, "0.5"], "12", None,
 ])  # fmt: skip
 def test_answers_of_another_shape_end_the_run_at_once(server, rewards):
-    s = server(reply({"rewards": rewards}))
+    s = server(reply({"rewards": rewards, "fingerprint": INFO["fingerprint"]}))
     with pytest.raises(RewardError):
         client(s).rewards(query=["a", "b"])
     assert len(s.posts) == 1
@@ -108,7 +109,8 @@ def test_answers_of_another_shape_end_the_run_at_once(server, rewards):
 @pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"3.5e38", b"-1e300"])
 def test_numbers_that_are_not_finite_end_the_run(server, value):
     with pytest.raises(RewardError, match="not a finite number"):
-        client(server(reply(b'{"rewards": [1.0, %s]}' % value))).rewards(query=["a", "b"])
+        shown = INFO["fingerprint"].encode()
+        client(server(reply(b'{"rewards": [1.0, %s], "fingerprint": "%s"}' % (value, shown)))).rewards(query=["a", "b"])
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500, 507, 302])
@@ -243,7 +245,7 @@ def test_a_pinned_fingerprint_must_match_at_the_start(server):
 
 def test_a_shuffled_id_is_another_requests_answer(server):
     with pytest.raises(RewardError, match="another request"):
-        client(server(reply({"rewards": [1.0], "id": "other"}))).rewards(query=["a"])
+        client(server(reply({"rewards": [1.0], "id": "other", "fingerprint": INFO["fingerprint"]}))).rewards(query=["a"])
 
 
 def test_a_server_without_info_is_probed_by_one_text_and_a_foreign_service_refused(server, capsys):

@@ -184,7 +184,8 @@ def test_no_exchange_outlives_its_deadline_by_a_second(server, answer):
 @pytest.mark.parametrize(("answer", "reason"), [
     (reply({"rewards": [1.0]}, extra=b"Transfer-Encoding: chunked\r\n"), "Transfer-Encoding"),
     (reply({"rewards": [1.0]}, extra=b"Content-Encoding: gzip\r\n"), "Content-Encoding"),
-    (reply(b'{"rewards": [1' + b"0" * 400 + b"]}"), "not a finite number"),
+    (reply(b'{"fingerprint": "%s", "rewards": [1' % INFO["fingerprint"].encode() + b"0" * 400 + b"]}"), "not a finite number"),
+    (reply({"rewards": [1.0]}), "now serves another model"),
     (reply({}, 429, extra="Retry-After: ²\r\n".encode("latin-1")), "no usable answer"),
     (reply(b"x", kind="\x1b[2Jtext/plain"), "not application/json"),
     (reply({"rewards": [1.0], "fingerprint": "0" * 64}), "now serves another model"),

@@ -35,7 +35,7 @@ def test_the_server_need_not_answer_before_the_reference_has_scored(small, serve
         if len(texts) > 1 and not scored.acquire(timeout=20):
             late.append(len(texts))
         rewards = [float(len(str(text))) for text in texts]
-        return reply({"rewards": rewards, "id": post["id"]})
+        return reply({"rewards": rewards, "id": post["id"], "fingerprint": INFO["fingerprint"]})
 
     monkeypatch.setattr(Actor, "reference_logp", noted)
     flags = [str(word) for word in small_flags(small, server(answer, info={**INFO, "max_texts": 64}).port)]

@@ -42,10 +42,11 @@ def says(raw=None, close=True, pause=0.0, reset=False, **fields):
 
 
 def numbers(text):
-    return says(reply(b'{"rewards": %s, "id": "ID"}' % text))
+    return says(reply(b'{"rewards": %s, %s}' % (text, MARKS)))
 
 
-BODY = b'{"rewards": [2.0, 3.0], "id": "ID"}'
+MARKS = b'"id": "ID", "fingerprint": "%s"' % INFO["fingerprint"].encode()
+BODY = b'{"rewards": [2.0, 3.0], %s}' % MARKS
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 LIES = {
@@ -60,6 +61,7 @@ LIES = {
     # ids, fingerprints, shapes
     "no id": says(id=...), "id null": says(id=None), "id of another": says(id="other"), "id a list": says(id=["ID"]), "id 0": says(id=0),
     "another fingerprint": says(fingerprint="0" * 64), "fingerprint a number": says(fingerprint=1), "fingerprint empty": says(fingerprint=""),
+    "no fingerprint": says(fingerprint=...), "fingerprint null": says(fingerprint=None),
     "a list": says(reply([2.0, 3.0])), "a string": says(reply("rewards")), "a number": says(reply(5)), "null": says(reply(b"null")),
     "empty object": says(reply({})), "score for rewards": says(reply({"score": RIGHT})), "empty body": says(reply(b"")),
     "rewards nested": says(reply({"data": {"rewards": RIGHT}})), "an error": says(reply({"error": "failed"})),
@@ -104,11 +106,11 @@ def test_a_lie_ends_in_a_typed_error_in_time_and_nothing_of_it_is_printed_raw(se
 
 TRUTHS = {
     "as it should be": says(close=False), "closed at once": says(), "integers": numbers(b"[2, 3]"), "exponents": numbers(b"[0.2e1, 30E-1]"),
-    "white space": numbers(b"[ 2.0 ,\n\t3.0 ]"), "more fields": says(extra_logs={"x": [1]}, scores=[9, 9], rewards_sum=5), "no fingerprint": says(fingerprint=...),
+    "white space": numbers(b"[ 2.0 ,\n\t3.0 ]"), "more fields": says(extra_logs={"x": [1]}, scores=[9, 9], rewards_sum=5),
     "a type with a charset": says(reply(BODY, kind="Application/JSON; charset=utf-8")), "a long header": says(reply(BODY, extra=b"X: " + b"y" * 5000 + b"\r\n")),
     "no length": says(HEAD + b"\r\n" + BODY), "length negative": says(HEAD + b"Content-Length: -5\r\n\r\n" + BODY),
     "length a word": says(HEAD + b"Content-Length: x\r\n\r\n" + BODY), "truncated nonsense": says(truncated="all"), "100 first": says(b"HTTP/1.1 100 Continue\r\n\r\n" + reply(BODY)),
-    "a duplicate key": says(reply(b'{"rewards": [9, 9], "rewards": [2.0, 3.0], "id": "ID"}')),
+    "a duplicate key": says(reply(b'{"rewards": [9, 9], "rewards": [2.0, 3.0], %s}' % MARKS)),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from recipes import toy
 from reinforce.errors import ConfigError
 from reinforce.policy import end_tokens, load_policy, load_tokenizer, refuse_ids
+from reinforce.serving.reward_model import load_reward_model
 
 
 def broken_policy(folder, small, change):
@@ -108,3 +109,20 @@ def test_a_tokenizer_with_neither_pad_nor_end_token_is_refused_though_the_genera
 
     with pytest.raises(ConfigError, match="neither pad nor end token"):
         load_tokenizer(broken_policy(tmp_path / "p", small, drop))
+
+
+def test_what_is_copied_over_the_files_of_a_loaded_model_changes_nothing(small, tmp_path):
+    """On a CPU safetensors' weights are pages of the file: a run went on from the other model, and said nothing."""
+    for name in ("policy", "reward_model"):
+        folder = tmp_path / name
+        shutil.copytree(small / name, folder)
+        if name == "policy":
+            model = load_policy(str(folder), load_tokenizer(str(folder)), torch.device("cpu"))
+        else:
+            model, _ = load_reward_model(str(folder), torch.device("cpu"))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        weights = folder / "model.safetensors"
+        weights.write_bytes(b"\xff" * weights.stat().st_size)  # in place, as cp does
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        if name == "policy":
+            assert model.lm_head.weight is model.model.embed_tokens.weight, "tied weights stay one"

@@ -22,7 +22,7 @@ def refusing(status=422, indexed=True, word="pizza", after=0):
         bad = [i for i, text in enumerate(texts) if word in text]
         if bad and len(seen) > after:
             return reply({"error": "bad_text", "index": bad[0] if indexed else None}, status)
-        return reply({"rewards": [float(len(t)) for t in texts], "id": request["id"]})
+        return reply({"rewards": [float(len(t)) for t in texts], "id": request["id"], "fingerprint": INFO["fingerprint"]})
 
     return answer
 
@@ -45,7 +45,11 @@ def test_a_refused_text_is_found_by_the_index_or_by_asking_one_at_a_time(start, 
 
 
 def test_a_request_that_is_refused_whole_though_each_text_is_taken_leaves_nothing_out():
-    server = BadServer(lambda r, _: reply({}, 422) if len(r["query"]) > 1 else reply({"rewards": [1.0], "id": r["id"]}))
+    server = BadServer(
+        lambda r, _: (
+            reply({}, 422) if len(r["query"]) > 1 else reply({"rewards": [1.0], "id": r["id"], "fingerprint": INFO["fingerprint"]})
+        )
+    )
     with pytest.raises(RefusedError):
         rewards_but_refused(RewardClient("127.0.0.1", server.port), {"query": ["a", "b"]}, most=2)
     server.close()
@@ -126,7 +130,7 @@ def test_validation_and_greedy_responses_are_never_left_out(small, start, tmp_pa
 
     def refuse_greedy(request, connection):
         texts = request["completions"]
-        good = {"rewards": [float(len(t)) for t in texts], "id": request["id"]}
+        good = {"rewards": [float(len(t)) for t in texts], "id": request["id"], "fingerprint": INFO["fingerprint"]}
         return reply({"index": 3}, 422) if len(texts) == 6 else reply(good)  # one a prompt
 
     server = BadServer(refuse_greedy, info={**INFO, "max_texts": 99})
@@ -142,7 +146,7 @@ def test_a_wrong_answer_in_a_later_step_saves_the_finished_ones(small, tmp_path,
 
     def answer(request, connection):
         calls.append(1)
-        good = {"rewards": [float(len(t)) for t in request["query"]], "id": request["id"]}
+        good = {"rewards": [float(len(t)) for t in request["query"]], "id": request["id"], "fingerprint": INFO["fingerprint"]}
         return reply({**good, **wrong} if len(calls) > 6 else good)
 
     server = BadServer(answer)
@@ -172,7 +176,13 @@ def test_refused_rows_of_a_step_whose_greedy_responses_get_no_reward_are_not_cou
         greedy.extend([1] if len(texts) == 6 else [])
         if len(texts) == 12:  # each step's first one
             return reply({"index": 0}, 422)
-        return reply({"rewards": [float(len(t)) for t in texts] if len(greedy) < 2 else [], "id": request["id"]})
+        return reply(
+            {
+                "rewards": [float(len(t)) for t in texts] if len(greedy) < 2 else [],
+                "id": request["id"],
+                "fingerprint": INFO["fingerprint"],
+            }
+        )
 
     server = BadServer(answer, info={**INFO, "max_texts": 99})
     out = train_here(*run_flags(small, server.port, "--skip-refused", "99", "--baseline", "remax", "--log-dir", tmp_path / "run"))

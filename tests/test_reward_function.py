@@ -1,6 +1,7 @@
 """A reward function of one's own: looked at before the server is ready, and asked once before a model loads."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from test_server import call, serving
 
 from recipes import rewards
 from reinforce.errors import ConfigError
+from reinforce.plugin import load_named
 from reinforce.run.config import TrainConfig
 from reinforce.serving.config import ServeConfig
 from reinforce.serving.function import load_function
@@ -261,7 +263,9 @@ def labelled(small, tmp_path):
 
 
 def lengths(request, connection=None):
-    return reply({"rewards": [float(len(t)) for t in request["completions"]], "id": request["id"]})
+    return reply(
+        {"rewards": [float(len(t)) for t in request["completions"]], "id": request["id"], "fingerprint": INFO["fingerprint"]}
+    )
 
 
 def test_the_first_prompt_and_its_label_are_asked_for_in_the_form_of_every_request_and_again_on_a_resume(
@@ -285,7 +289,11 @@ def test_the_first_reward_changes_no_number_of_a_run(server, flags, labelled, tm
     """Whatever it is: what a run computes and logs comes from the later ones alone."""
 
     def huge_first(request, connection):
-        return reply({"rewards": [1e30], "id": request["id"]}) if len(s.posts) == 1 else lengths(request)
+        return (
+            reply({"rewards": [1e30], "id": request["id"], "fingerprint": INFO["fingerprint"]})
+            if len(s.posts) == 1
+            else lengths(request)
+        )
 
     lines = []
     for name, answer in (("plain", lengths), ("huge", huge_first)):
@@ -412,3 +420,23 @@ def test_the_pages_commands_on_the_toy_run(toy_folder, tmp_path):
     env = environment(PATH=f"{sys.prefix}/bin:{os.environ['PATH']}", VIRTUAL_ENV=sys.prefix, OMP_NUM_THREADS=1)
     out = subprocess.run(["bash", "-euc", short], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
     assert out.returncode == 0 and out.stdout.count("step 1/1") == 2, out.stdout + out.stderr
+
+
+def test_a_file_of_the_same_length_and_time_is_not_taken_for_the_one_that_was_compiled(tmp_path, monkeypatch):
+    """Python's cache goes by these two: a server gave the old file's rewards under the new file's fingerprint."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, got = tmp_path / "mine.py", []
+    for value in ("+1.0", "-1.0"):
+        file.write_text(f"def f(prompts, completions, labels):\n    return [{value}] * len(completions)\n")
+        os.utime(file, (1e9, 1e9))
+        reward = load_reward(ServeConfig(reward_fn=f"{file}:f"))
+        got.append((reward.score([("", "a", None)]), reward.fingerprint))
+    assert got[0][0] == [1.0] and got[1][0] == [-1.0] and got[0][1] != got[1][1]
+
+
+def test_a_file_that_changes_while_it_is_imported_is_known_by_the_text_that_runs(tmp_path):
+    file = tmp_path / "changing.py"
+    text = f"def f(prompts, completions, labels):\n    return [1.0]\n\nopen({str(file)!r}, 'a').write('# more')\n"
+    file.write_text(text)
+    assert load_named(f"{file}:f", "--reward-fn").digest == hashlib.sha256(b"f/" + text.encode()).hexdigest()
+    assert file.read_text().endswith("# more")

@@ -15,7 +15,7 @@ import termios
 
 import pytest
 from conftest import ROOT, environment, script
-from test_client import reply
+from test_client import INFO, reply
 
 from reinforce.data.prompts import Data
 from reinforce.run.printable import cells, escaped, wrapped
@@ -249,7 +249,9 @@ def test_an_error_message_stands_on_a_line_of_its_own_and_not_behind_the_bar(sma
     def answer(request, _):
         seen.extend(request["query"])
         bad = len(seen) > 1 + 4  # the first step's, and one that is asked at the start
-        return reply({"rewards": "none" if bad else [0.5] * len(request["query"]), "id": request["id"]})
+        return reply(
+            {"rewards": "none" if bad else [0.5] * len(request["query"]), "id": request["id"], "fingerprint": INFO["fingerprint"]}
+        )
 
     port = server(answer).port
     flags = ["--policy", small / "policy", "--train-data", small / "train.jsonl", "--rm-host", "127.0.0.1", "--rm-port", port]

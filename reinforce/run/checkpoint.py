@@ -146,7 +146,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
             values = dict[str, Tensor]()
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}.{key}" in saved:
-                    value = file.get_tensor(f"{name}.{key}")
+                    value = file.get_tensor(f"{name}.{key}").clone()  # else a page of the file
                     if key == "step":
                         values[key] = value.to(parameter.device)
                     else:

@@ -25,6 +25,7 @@ from reinforce.serving.reward_model import (
     messages_ids,
     query_ids,
     score,
+    written,
 )
 
 
@@ -35,6 +36,7 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     if size > 1:
         tensor_parallel.check_model(name, size, device)
         options["distributed_config"] = tensor_parallel.split(size, processes() // size)
+    before = written(name)
     model, tokenizer = load_reward_model(name, device, **options)
     bf16 = devices.use_bf16(config.precision, device, sum(p.numel() for p in model.parameters()))
     hf = cast(Any, model).config
@@ -95,6 +97,10 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
     label = Path(name).resolve().name if Path(name).is_dir() else name
     dated = "strftime_now" in str(tokenizer.chat_template)
     digest = fingerprint(folder) + ("/bf16" if bf16 else "") + (f"/{config.date}" if dated else "")
+    if written(name) != before:
+        raise ConfigError(
+            f"--reward-model {name}: its files changed while it was loaded; try again"
+        )
     return Reward(encode, run, len, label, digest, mean, std, longest)
 
 

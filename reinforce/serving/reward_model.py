@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reinforce import attention
 from reinforce.errors import ConfigError, first_line
-from reinforce.policy import OUT_OF_MEMORY, announce, load_tokenizer, without_dropout
+from reinforce.policy import OUT_OF_MEMORY, announce, load_tokenizer, own_memory, without_dropout
 from reinforce.serving.config import DAY
 from reinforce.text import encode, render
 
@@ -61,7 +61,8 @@ def load_reward_model(
         raise ConfigError(
             f"{FLAG} {name}: {model.config.num_labels} labels; a reward model has exactly one"
         )
-    return with_float32_head(without_dropout(model)).to(device).requires_grad_(False), tokenizer
+    model = with_float32_head(without_dropout(model)).to(device).requires_grad_(False)
+    return own_memory(model), tokenizer
 
 
 def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str) -> nn.Module:
@@ -84,7 +85,7 @@ def new_reward_model(name: str, tokenizer: Any, device: torch.device, flag: str)
     if hasattr(model, "score"):
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return with_float32_head(without_dropout(model)).to(device)
+    return own_memory(with_float32_head(without_dropout(model)).to(device))
 
 
 def with_float32_head(model: nn.Module) -> nn.Module:
@@ -172,10 +173,22 @@ def messages_ids(
 def fingerprint(folder: str) -> str:
     """sha256 over the files that decide a reward: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+    for path in _files(folder):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def written(folder: str) -> list[tuple[str, int, int, int]]:
+    """When and how the files of `fingerprint` were written; of a hub id nothing."""
+    if not Path(folder).is_dir():
+        return []
+    stats = [(path.name, path.stat()) for path in _files(folder)]
+    return [(name, stat.st_mtime_ns, stat.st_size, stat.st_ino) for name, stat in stats]
+
+
+def _files(folder: str) -> list[Path]:
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in kinds)
