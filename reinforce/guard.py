@@ -11,6 +11,8 @@ checkpoints fail here, in one sentence. A gap counts if other prompts show it as
 router may flip at a tie. Left out: lengths far beyond a few tokens.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from reinforce.errors import ConfigError, first_line
 from reinforce.logprobs import Scorer
 from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks
 from reinforce.rollout import Rollout
-from reinforce.sampler import Sampling, row_seed, sample
+from reinforce.sampler import CPU, Sampling, row_seed, sample
 from reinforce.sharing import why_whole_sequences
 
 GAP = 0.01  # nats a token; rounding in float32 gives 1e-5
@@ -42,6 +44,8 @@ class Verdict:
     sampling: float  # largest |sampler's - scorer's logp| of a token
     padding: float  # largest |logp in a batch - logp alone| of a token
     unused: tuple[str, ...]  # parameters that no gradient reaches, without those of routed experts
+    rows: Rollout  # the rows measured, on the CPU, with the scorer's logp
+    gradients: dict[str, float]  # by parameter, length of the gradient of their logp's sum
     seconds: float
 
 
@@ -94,7 +98,7 @@ def inspect(
             _, again = _gaps(scorer, _sampled(scorer, _two(prompts, 1), pad_id))
             _refuse_gaps(gaps, again, f"{name}: {kind}")
         whole = why_whole_sequences(model, rollout, logp, GAP) if plain else "its head is not plain"
-        unused = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
+        gradients = _gradients(scorer, rollout, logp, checkpointing, f"{name}: {kind}")
     except (ConfigError, *OUT_OF_MEMORY):
         raise
     except Exception as error:
@@ -105,7 +109,11 @@ def inspect(
             f"({reason:.300})"
         ) from error
     sampling, padding, _ = gaps.values()
-    return Verdict(plain, whole, sampling, padding, unused, time.monotonic() - start)
+    trained = [parameter for parameter, w in model.named_parameters() if w.requires_grad]
+    unused = [p for p in trained if p not in gradients and "expert" not in p]
+    rows = dataclasses.replace(rollout, logp=logp.detach()).to(CPU)
+    seconds = time.monotonic() - start
+    return Verdict(plain, whole, sampling, padding, tuple(unused), rows, gradients, seconds)
 
 
 def _refuse_end_outside(model: nn.Module, end_ids: Sequence[int], name: str) -> None:
@@ -176,19 +184,23 @@ def _change_by_positions(scorer: Scorer, row: Rollout) -> Tensor:
 
 def _gradients(
     scorer: Scorer, rollout: Rollout, logp: Tensor, checkpointing: bool, name: str
-) -> tuple[str, ...]:
-    """Names of the parameters that one backward pass, made as in training, does not reach.
+) -> dict[str, float]:
+    """Lengths of the gradients of the parameters that one backward pass, as in training, reaches.
 
     `logp` (B, T) is the scorer's, without checkpointing. Raises ConfigError if it is another one
     with checkpointing.
     """
-    reached: set[str] = set()
-    trained = {parameter: w for parameter, w in scorer.model.named_parameters() if w.requires_grad}
+    lengths: dict[str, float] = {}
+
+    def measure(weight: Tensor, parameter: str) -> None:
+        lengths[parameter] = float(cast(Tensor, weight.grad).norm())
+        weight.grad = None  # a whole gradient is as large as the model
+
     handles = [
-        w.register_hook(lambda _, parameter=parameter: reached.add(parameter))
-        for parameter, w in trained.items()
+        w.register_post_accumulate_grad_hook(functools.partial(measure, parameter=parameter))
+        for parameter, w in scorer.model.named_parameters()
+        if w.requires_grad
     ]
-    handles += [w.register_post_accumulate_grad_hook(_drop) for w in trained.values()]
     forwards = {block: block.forward for block in blocks(scorer.model)}
     try:
         if checkpointing:
@@ -207,9 +219,4 @@ def _gradients(
             block.forward = forward
         for handle in handles:
             handle.remove()
-    unused = [parameter for parameter in trained if parameter not in reached]
-    return tuple(parameter for parameter in unused if "expert" not in parameter)
-
-
-def _drop(weight: Tensor) -> None:
-    weight.grad = None  # a whole gradient is as large as the model
+    return lengths

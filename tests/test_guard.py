@@ -292,7 +292,7 @@ def test_whole_sequences_are_said_with_the_reason_and_only_where_they_run(window
     model = without_dropout(MistralForCausalLM(MistralConfig(**TINY, num_key_value_heads=2, sliding_window=window)))
     inputs = SimpleNamespace(
         policy_flag="--policy", data=SimpleNamespace(prompts=[Prompt(i, "", tuple(ids)) for i, ids in enumerate(PROMPTS)]),
-        tokenizer=toy.make_tokenizer(), config=SimpleNamespace(gradient_checkpointing=False), end_ids=[2],
+        tokenizer=toy.make_tokenizer(), config=SimpleNamespace(gradient_checkpointing=False), end_ids=[2], device=torch.device("cpu"),
     )  # fmt: skip
     loading.inspect(inputs, model, "it")
     told = (

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce import device as devices
@@ -258,6 +259,8 @@ def wrap(
             shards = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in blocks(scorer):
             fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=shards)
+            if policy.param_dtype is not None:
+                block.register_forward_pre_hook(_bound_masks, prepend=True, with_kwargs=True)
         # embeddings and head stay float32
         fully_shard(scorer, mesh=mesh, offload_policy=shards)
         register_fsdp_forward_method(scorer, "decode")
@@ -278,9 +281,35 @@ def wrap(
     return wrapped
 
 
+def _bound_masks(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A block's inputs whose masks FSDP can cast: float32's least number would become -inf.
+
+    The softmax of a padding's row, which sees nothing, would be NaN then.
+    """
+    least = torch.finfo(torch.bfloat16).min
+
+    def bounded(x: Any) -> Any:
+        is_mask = isinstance(x, Tensor) and x.dtype == torch.float32 and x.ndim == 4  # (B, 1, Q, L)
+        return x.clamp(min=least) if is_mask else x
+
+    return tuple(map(bounded, args)), {key: bounded(value) for key, value in kwargs.items()}
+
+
 def give_memory(module: nn.Module, device: torch.device) -> None:
     """Memory, of any content, for this rank's shards of parameters that are on the meta device."""
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether a team's rank has several stretches of a tensor, so that no slice of a file is it."""
+    return isinstance(parameter, DTensor) and isinstance(parameter.placements[-1], _StridedShard)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give this rank's shard of a parameter its values out of the whole tensor."""
+    own, values = (cast(DTensor, x).to_local() for x in (parameter, shard_like(parameter, whole)))
+    own.copy_(values)
 
 
 def read_shards(parameters: dict[str, Tensor], folder: str) -> None:

@@ -18,7 +18,7 @@ from reinforce.errors import ConfigError
 from reinforce.logprobs import Scorer
 from reinforce.policy import blocks, checkpoint_blocks, load_policy, refuse_ids, store_frozen
 from reinforce.refused import Refusals
-from reinforce.run import allocator, distributed, offload, shards, tensor_parallel
+from reinforce.run import allocator, distributed, offload, same_model, shards, tensor_parallel
 from reinforce.run.actor import Actor
 from reinforce.run.config import TrainConfig
 from reinforce.run.setup import Inputs, begin, check
@@ -89,6 +89,9 @@ def load(inputs: Inputs) -> Actor:
     wrapped = distributed.wrap(scorer, device, config.parallel, bf16, host.optimizer)
     shards.read(scorer, stored, CPU if host.optimizer else device)
     tensor_parallel.place_gradients(model)
+    if sharded or team > 1:
+        name = f"{inputs.policy_flag} {source}"
+        same_model.check(wrapped, model, verdict, device, bf16 and sharded, name)
     reference: nn.Module | None = None
     if config.initial_policy_kl_penalty > 0 and config.lora_rank:
         reference = lora.Initial(scorer)

@@ -72,7 +72,13 @@ def read(scorer: Scorer, name: str, device: torch.device) -> None:
         return
     distributed.give_memory(scorer, device)
     parameters = dict(scorer.model.named_parameters())
-    distributed.read_shards({key: parameters[key] for key in missing}, name)
+    # of a weight that stands for two, gate and up, a rank has a part of each
+    packed = [key for key in missing if distributed.is_packed(parameters[key])]
+    distributed.read_shards({key: parameters[key] for key in missing if key not in packed}, name)
+    for path in _files(Path(name)):
+        with safe_open(path, "pt") as file:
+            for key in sorted(set(packed) & set(file.keys())):
+                distributed.fill(parameters[key], file.get_tensor(key))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ et al. (2019, arXiv 1909.08053). Left out: sequence parallelism.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -74,6 +75,14 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         cast(Any, head).forward = functools.partial(_logits, head)
     shards.move(model, device)
     return model
+
+
+def add_gradients_up(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the gradients of these parameters, whole on each rank, be summed over the team."""
+    if distributed.team_mesh() is None:
+        return
+    for owner in {name.rpartition(".")[0] for name in names}:
+        _add_gradients_up(model.get_submodule(owner))
 
 
 def _add_gradients_up(module: nn.Module) -> None:
