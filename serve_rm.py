@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from reinforce.errors import ConfigError
 from reinforce.flags import parse
 from reinforce.rm_connection import read_token, url_of
+from reinforce.run.streams import unheard
 from reinforce.serving.batcher import Batcher
 from reinforce.serving.body import max_body
 from reinforce.serving.config import ServeConfig
@@ -60,6 +61,8 @@ def serve(config: ServeConfig) -> int:
     where = f"--host {config.host} --port {config.port}"
     try:
         server = RewardServer((config.host, config.port))
+    except (TypeError, UnicodeError) as error:  # bytes that are no text, or a label too long
+        raise ConfigError(f"{where}: {config.host!a} is no address") from error
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise ConfigError(f"{where}: {error.strerror}") from error
@@ -148,6 +151,7 @@ def announce(config: ServeConfig, port: int, model: str) -> None:
 
 def main() -> None:
     """Exit code 0 after a signal, 1 for a failure, 2 for your configuration, 70 for a hang."""
+    sys.stdout, sys.stderr = unheard(sys.stdout), unheard(sys.stderr)
     try:
         sys.exit(serve(parse(ServeConfig, __doc__)))
     except ConfigError as error:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from reinforce.errors import ConfigError
 
 C = TypeVar("C")
+LARGEST = 2**63  # of a whole number, excluded
 METAVAR: dict[Any, str] = {int: "N", float: "X"}  # what stands for a value in --help; else NAME
 
 
@@ -38,14 +39,22 @@ def refuse(
             raise ConfigError(f"{spelled(name)} is missing (--help lists every flag)")
     for name in positive:
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            need = "be positive and finite" if value == math.inf else "be positive"
+        if value is not None and not 0 < value < _bound(value):
+            need = "be positive" + (f" and {_spoken(value)}" if value > 0 else "")
             raise ConfigError(f"{spelled(name)} is {value}; it must {need}")
     for name in not_negative:
         value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            need = "be finite" if value == math.inf else "not be negative"
+        if value is not None and not 0 <= value < _bound(value):
+            need = f"be {_spoken(value)}" if value > 0 else "not be negative"
             raise ConfigError(f"{spelled(name)} is {value}; it must {need}")
+
+
+def _bound(value: float) -> float:
+    return math.inf if isinstance(value, float) else LARGEST
+
+
+def _spoken(value: float) -> str:
+    return "finite" if isinstance(value, float) else "below 2^63"
 
 
 def spelled(name: str) -> str:

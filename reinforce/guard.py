@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reinforce.errors import ConfigError, first_line
 from reinforce.logprobs import Scorer
+from reinforce.optim import length
 from reinforce.policy import OUT_OF_MEMORY, blocks, checkpoint_blocks
 from reinforce.rollout import Rollout
 from reinforce.sampler import CPU, Sampling, row_seed, sample
@@ -193,7 +194,7 @@ def _gradients(
     lengths: dict[str, float] = {}
 
     def measure(weight: Tensor, parameter: str) -> None:
-        lengths[parameter] = float(cast(Tensor, weight.grad).norm())
+        lengths[parameter] = float(length(cast(Tensor, weight.grad)))
         weight.grad = None  # a whole gradient is as large as the model
 
     handles = [

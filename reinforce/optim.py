@@ -73,15 +73,20 @@ def clip(model: nn.Module, max_norm: float) -> float:
     return float(norm)
 
 
-def _length(parameters: list[nn.Parameter]) -> Tensor:
-    """Length of the gradient of parameters that are cut alike, each element counted once.
+def length(tensor: Tensor) -> Tensor:
+    """Euclidean length of all numbers of a tensor, (), float64.
 
     Rows are summed in float64: on a CPU PyTorch's float32 norm of 28 million numbers comes out
     0.1 % short, and less so where ranks share them, so that the clipped gradient would depend on
     the ranks. Within a row float32 is exact enough, and faster.
     """
-    rows = [torch.linalg.vector_norm(p.grad, dim=-1) for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]
+    rows = torch.linalg.vector_norm(tensor, dim=-1)
+    return cast(Tensor, torch.linalg.vector_norm(rows, dtype=torch.float64))
+
+
+def _length(parameters: list[nn.Parameter]) -> Tensor:
+    """Length of the gradient of parameters that are cut alike, each element counted once."""
+    norms = [length(p.grad) for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     whole = cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
     return whole.float()

@@ -38,6 +38,8 @@ HERE = ["--rm-host", "127.0.0.1", "--rm-port", "9"]
     (["--truncated", "penalize", "--missing-eos-penalty", "-1"], "--missing-eos-penalty is -1.0"), (["--kl", "k3"], "--kl"),
     (["--kl-reduce", "max"], "--kl-reduce"), (["--loss-norm", "batch"], "--loss-norm"), (["--preset", "trl"], "--preset"),
     (["--initial-policy-kl-penalty", "-1"], "--initial-policy-kl-penalty"), (["--val-top-p", "0"], "--val-top-p"),
+    (["--warmup-steps", "9" * 400], "it must be below 2^63"), (["--max-new-tokens", str(2**63)], "below 2^63"),
+    (["--end-strings", "\udcff"], "--end-strings: one of them is no text"),
     (["--initial-policy-kl-penalty", "inf"], "must be finite"), (["--lr", "inf"], "--lr is inf; it must be positive and finite"),
     (["--lr", "nan"], "--lr is nan"), (["--skip-refused", "-1"], "--skip-refused"), ([*HERE[:2], "--rm-port", "0"], "--rm-port is 0"),
     (["--rm-host", "http://here", "--rm-port", "1"], "--rm-host 'http://here' is no host"),

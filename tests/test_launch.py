@@ -269,7 +269,7 @@ def test_a_server_of_several_processes_is_started_under_torchrun(launch, tmp_pat
     assert words[4:7] == [str(ROOT / "serve_rm.py"), "--exit-with-parent", "--data-parallel"]
 
 
-@pytest.mark.parametrize("given", ["0", "two", "-1"])
+@pytest.mark.parametrize("given", ["0", "two", "-1", "99999999999"])
 @pytest.mark.parametrize("variable", ["NPROC", "RM_NPROC"])
 def test_a_wrong_number_of_processes_is_told(launch, variable, given):
     out, _ = (job := launch(**{variable: given})).communicate(timeout=20)

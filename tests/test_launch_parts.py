@@ -4,12 +4,13 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, environment, script
 
 from recipes.pipelines import hh
 from reinforce.run import children, launch
@@ -130,3 +131,19 @@ def test_a_server_that_is_ready_and_not_reached_ends_the_job_with_its_address(tm
 def test_a_reader_that_leaves_early_sees_no_traceback_of_the_help():
     out = subprocess.run(["bash", "-c", f"{ROOT}/launch.sh --help | true"], text=True, capture_output=True, check=True)
     assert out.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "command", ["./launch.sh --help", f"exec {sys.executable} serve_rm.py --reward-fn recipes/rewards.py:length"]
+)
+def test_where_nobody_can_write_to_nothing_is_lost_but_the_lines(command, tmp_path):
+    """A server whose log was on a full disk ended, and could not say why."""
+    ready = tmp_path / "ready"
+    serves = "serve_rm" in command
+    words = f"{command} --port 0 --ready-file {ready}" if serves else command
+    with subprocess.Popen(["bash", "-c", f"{words} > /dev/full"], cwd=ROOT, stderr=subprocess.PIPE, env=environment()) as started:
+        while serves and not ready.exists() and started.poll() is None:
+            time.sleep(0.05)
+        if serves:
+            started.terminate()
+        assert started.wait(30) == 0 and started.stderr.read() == b""

@@ -244,10 +244,12 @@ def test_a_port_in_use_is_one_sentence(tmp_path):
     (["--reward-fn", "nowhere.py:f"], "no file"), (["--reward-fn", "train.py:nothing"], "no function"),
     (["--reward-model", "a", "--reward-fn", "b:c"], "give one"), (["--reward-std", "0"], "positive"), (["--prot", "1"], "did you mean --port?"),
     (["--reward-model", "./nowhere"], "--reward-model ./nowhere"), (["--device", "cuda"], "GPU"),
+    (["--host", "\udcff\udcfe", "--reward-fn", "recipes/rewards.py:length"], "is no address"),
     (["--device", "cuda:1"], "--device cuda:1: PyTorch sees no usable GPU"), (["--device", "cuda:x"], "auto, cpu, cuda or cuda:N"),
 ])  # fmt: skip
 def test_bad_server_flags_are_one_sentence_and_exit_code_2(flags, reason, small, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("RM_TOKEN", "s3cret")  # else another host than this one is refused for that
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     extra = ["--reward-model", str(small / "reward_model")] if flags[0] == "--device" else []
     with pytest.raises(ConfigError) as refused:

@@ -459,6 +459,8 @@ class TrainConfig:
             raise ConfigError("--log-dir: its name is no text in UTF-8; give another folder")
         if self.log_dir == "":
             raise ConfigError("--log-dir is empty; give a folder, or leave it out")
+        if any("\ud800" <= character <= "\udfff" for character in "".join(self.end_strings)):
+            raise ConfigError("--end-strings: one of them is no text in UTF-8")
         if "" in self.end_strings:
             raise ConfigError("--end-strings: an empty string would end every response at once")
         offloads = self.offload_reference or self.offload_optimizer

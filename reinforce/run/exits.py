@@ -51,6 +51,7 @@ def run(
         expected = isinstance(error, (ConfigError, RetryError, FailedError))
         code, reason = outcome(error)
     if code:
+        sys.stdout.flush()  # what was said before stands before the reason
         rank = f" (rank {distributed.rank()})" if distributed.rank() else ""
         print(f"{name}{rank}: {reason}", file=sys.stderr, flush=True)
     run_folder = folder()
@@ -84,6 +85,8 @@ def outcome(error: Exception) -> tuple[int, str]:
             "--micro-batch-size, and --rollout-micro-batch-size for sampling, or give "
             "--gradient-checkpointing)"
         )
+    if isinstance(error, MemoryError) or "can't allocate memory" in line:
+        return 1, f"out of memory ({line}); take smaller sizes, or a machine with more"
     if isinstance(error, OSError) and error.errno in DISK:
         return 1, f"{line}; remove the cause, then give the same command again"
     if distributed.lost(error):

@@ -29,7 +29,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -56,6 +55,7 @@ from reinforce.run.children import (  # noqa: E402
     say,
     wait_for,
 )
+from reinforce.run.streams import unheard  # noqa: E402
 
 RECIPES = ("toy", "smollm2", "run", "hh", "compare")  # recipes/pipelines/
 UNREACHED = 600.0  # seconds for a server that is ready to answer here, on another node
@@ -312,7 +312,8 @@ def find_python() -> str:
 def processes_of(variable: str, default: str) -> str:
     """torchrun's --nproc-per-node, from a variable of the environment. Raises EndedError."""
     given = os.environ.get(variable) or default
-    if not (given.isdigit() and int(given)) and given not in ("gpu", "cpu", "auto"):
+    is_number = given.isascii() and given.isdigit() and len(given) <= 4 and int(given) > 0
+    if not is_number and given not in ("gpu", "cpu", "auto"):
         raise EndedError(2, f"{variable} is '{given}'; give a number of processes, or gpu")
     return given
 
@@ -407,22 +408,17 @@ def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
     return name, list(words[1:])
 
 
-def show_help() -> int:
-    """Print it, to `head` as well, which closes its end early; exit code 0."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(__doc__)
-    return 0
-
-
 def main(words: Sequence[str]) -> int:
     """Run the recipe that the command line names, and return the exit code."""
     if words and words[0] in ("-h", "--help"):
-        return show_help()
+        print(__doc__)
+        return 0
     job = None
     try:
         name, rest = recipe_of(words)
         if name != "compare" and {"-h", "--help"} & set(rest):
-            return show_help()
+            print(__doc__)
+            return 0
         adopt_orphans()
         job = Job(name, rest, Signals())
         importlib.import_module(f"recipes.pipelines.{name}").pipeline(job, rest)
@@ -437,4 +433,5 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = unheard(sys.stdout), unheard(sys.stderr)  # `| head` leaves early
     sys.exit(main(sys.argv[1:]))

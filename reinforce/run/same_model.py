@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reinforce import device as devices
 from reinforce.errors import ConfigError, first_line
 from reinforce.guard import GAP, Verdict
+from reinforce.optim import length
 from reinforce.run import distributed, tensor_parallel
 
 ROUNDED = 1.0  # nats; where FSDP casts blocks to bfloat16
@@ -70,7 +71,7 @@ def _difference(
         gap = float((logp.detach() - rows.logp).abs().nan_to_num(torch.inf).max())
         distributed.backward(logp.sum())
         found = {
-            key: float(distributed.gather_tensor(weight.grad).norm()) / distributed.teams()
+            key: float(length(distributed.gather_tensor(weight.grad))) / distributed.teams()
             for key, weight in model.named_parameters()
             if weight.grad is not None
         }
@@ -87,9 +88,9 @@ def _difference(
         return [f"log pi of a token changes by {gap:.2g} nats"]
     if bf16:
         return []
-    total = sum(length**2 for length in verdict.gradients.values()) ** 0.5
+    total = sum(right**2 for right in verdict.gradients.values()) ** 0.5
     return [
         key
-        for key, length in verdict.gradients.items()
-        if abs(found.get(key, 0.0) - length) > SHARE * length + FLOOR * total
+        for key, right in verdict.gradients.items()
+        if abs(found.get(key, 0.0) - right) > SHARE * right + FLOOR * total
     ]
