@@ -301,7 +301,7 @@ def test_without_pytorch_it_prints_the_readmes_first_command_and_its_own_help(tm
 
 def test_the_launcher_imports_the_standard_library_alone():
     """A Slurm batch host needs no PyTorch."""
-    for path in [ROOT / f"reinforce/run/{name}.py" for name in ("launch", "slurm", "children")] + list(
+    for path in [ROOT / f"reinforce/run/{name}.py" for name in ("launch", "slurm", "children", "streams")] + list(
         (ROOT / "recipes/pipelines").glob("*.py")
     ):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -309,6 +309,7 @@ def test_the_launcher_imports_the_standard_library_alone():
                 assert {f"{node.module}.{a.name}" for a in node.names} <= {
                     "reinforce.run.slurm",
                     "reinforce.run.launch.Job",
+                    "reinforce.run.streams.unheard",
                 } or node.module == "reinforce.run.children", path
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
