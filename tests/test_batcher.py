@@ -89,6 +89,15 @@ def test_a_second_try_finds_the_memory_of_the_first_one_free(started):
     assert len(held) > 8 and not any(held)
 
 
+def test_a_lost_gpu_ends_the_process_since_it_answers_nothing_any_more():
+    """It answered 500 to every text, and its /health went on to be 200."""
+    lost = "import torch\ndef score(items):\n    raise torch.AcceleratorError('CUDA error: an illegal memory access was encountered')\n"
+    asks = "import time\nbatcher = Batcher(score, int, 4)\nbatcher.submit([1], time.monotonic() + 10)\nbatcher.run()\n"
+    code = f"{lost}from reinforce.serving.batcher import Batcher\n{asks}"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 70 and out.stderr.endswith("serve_rm.py: the GPU is lost to this process, which ends\n")
+
+
 def test_a_request_with_a_value_that_is_not_finite_fails_alone(started):
     batcher = started(lambda items: [math.nan if i == 7 else 1.0 for i in items], batch_size=8)
     good, bad = batcher.submit([1, 2], soon()), batcher.submit([3, 7], soon())

@@ -1,6 +1,7 @@
 """One forward of texts of many requests. What goes wrong for one of them is its error alone."""
 
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.serving.line import LateError, Taken
-from reinforce.serving.memory import empty_cache, is_out_of_memory
+from reinforce.serving.memory import empty_cache, is_lost, is_out_of_memory
 from reinforce.serving.report import report
 
 
@@ -50,6 +51,9 @@ class Forward:
                 batch[0][0].fail(error)
                 if not is_out_of_memory(error):
                     report(ascii("".join(traceback.format_exception(error))))
+                if is_lost(error):  # a replica that still lives, or the next start, can score
+                    report("the GPU is lost to this process, which ends")
+                    os._exit(70)
                 return
         # behind the block of the error, which holds the tensors of the pass that failed
         if scores is None:

@@ -1,4 +1,7 @@
-"""A device without memory left, as PyTorch says it. A server without PyTorch never sees that."""
+"""A device without memory left, or lost, as PyTorch says it.
+
+A server without PyTorch never sees either.
+"""
 
 import gc
 import sys
@@ -19,6 +22,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if kind is not None and isinstance(error, kind):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in FOREIGN)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a GPU has failed in a way after which it answers this process nothing any more."""
+    kind = getattr(_torch(), "AcceleratorError", None)
+    return kind is not None and isinstance(error, kind) and not is_out_of_memory(error)
 
 
 def empty_cache() -> None:
