@@ -150,7 +150,7 @@ def announce(config: ServeConfig, port: int, model: str) -> None:
 
 
 def main() -> None:
-    """Exit code 0 after a signal, 1 for a failure, 2 for your configuration, 70 for a hang or a lost GPU."""
+    """Exit code 0 after a signal, 1 a failure, 2 your configuration, 70 a hang or a lost GPU."""
     sys.stdout, sys.stderr = unheard(sys.stdout), unheard(sys.stderr)
     try:
         sys.exit(serve(parse(ServeConfig, __doc__)))
