@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, script
 
 from reinforce.errors import ConfigError
 from reinforce.run import exits, folder
@@ -87,3 +88,13 @@ def test_running_out_of_gpu_memory_or_of_a_quota_is_one_sentence(capsys):
     assert code == 1 and "--micro-batch-size" in reason and "--gradient-checkpointing" in reason
     assert exits.outcome(OSError(errno.EDQUOT, "Disk quota exceeded"))[1].endswith("give the same command again")
     assert capsys.readouterr().err == ""
+
+
+def test_a_line_of_an_unbuffered_stream_goes_out_at_once(tmp_path):
+    """With PYTHONUNBUFFERED, as in containers, lines stood in a buffer until the end, and a killed process's were lost."""
+    (tmp_path / "one.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom reinforce.run.streams import unheard\n"
+        "sys.stdout, sys.stderr = unheard(sys.stdout), unheard(sys.stderr)\nprint('out')\nprint('err', file=sys.stderr)\nos._exit(0)\n"
+    )
+    out = script(tmp_path / "one.py", PYTHONUNBUFFERED=1)
+    assert out.stdout == "out\nerr\n"

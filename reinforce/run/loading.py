@@ -91,7 +91,7 @@ def load(inputs: Inputs) -> Actor:
     tensor_parallel.place_gradients(model)
     if sharded or team > 1:
         name = f"{inputs.policy_flag} {source}"
-        same_model.check(wrapped, model, verdict, device, bf16 and sharded, name)
+        same_model.check(wrapped, scorer, verdict, device, bf16 and sharded, name)
     reference: nn.Module | None = None
     if config.initial_policy_kl_penalty > 0 and config.lora_rank:
         reference = lora.Initial(scorer)

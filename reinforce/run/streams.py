@@ -36,6 +36,6 @@ def unheard(stream: Any) -> Any:
         io.BufferedWriter(_Unheard(raw.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=stream.line_buffering,
+        line_buffering=stream.line_buffering or stream.write_through,  # standard error
         write_through=stream.write_through,
     )
