@@ -86,8 +86,9 @@ def model_reward(config: ServeConfig, name: str) -> Reward:
             f"--reward-model {name}: a plain text has no score ({first_line(error)}); a model of "
             "this kind cannot be served"
         ) from error
-    if bf16 and size == 1:  # half the memory, for the same scores
-        store_frozen(cast(Any, model).base_model, torch.bfloat16)
+    backbone = cast(Any, model).base_model
+    if bf16 and size == 1 and backbone is not model:  # half the memory, for the same scores
+        store_frozen(backbone, torch.bfloat16)
     folder = (
         name
         if Path(name).is_dir()
