@@ -77,7 +77,7 @@ def check(
 def _measured(
     wrapped: nn.Module, scorer: Scorer, verdict: Verdict, device: torch.device, bf16: bool
 ) -> tuple[float, Lengths, list[str]]:
-    """How far log pi is off, nats; lengths of gradients; parameters in whose ranks differ."""
+    """How far log pi is off, nats; lengths of gradients; where the ranks differ in them."""
     rows = verdict.rows.to(device)
     weights = dict(scorer.model.named_parameters())
     with devices.autocast(device, bf16):
